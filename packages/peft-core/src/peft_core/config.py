@@ -1,0 +1,542 @@
+"""Configurations: what a user writes, what a file holds, and the errors in between.
+
+A config is a frozen pydantic model with the field names of Hugging Face's PEFT, so that `adapter_config.json`
+is the same file for both. Every value, from the user or from a file, first becomes plain JSON data and is
+then validated strictly: what was accepted once can always be written and read back.
+
+The rules for the two sources differ in one point. A user's unknown keyword is always an error. A file may come
+from a newer or another writer: an unknown key passes if it is switched off or declared inert
+(`AdapterConfig.inert_keys`), and is an error if it is active, since ignoring it would give wrong numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError
+from .files import write_atomically
+from .suggest import did_you_mean
+
+CONFIG_NAME = "adapter_config.json"
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# Limits on a config file. The largest known ones are a few hundred kilobytes (full target paths of large models).
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 16
+MAX_ITEMS = 1 << 16
+
+SelfConfig = TypeVar("SelfConfig", bound="AdapterConfig")
+
+
+class AdapterConfig(BaseModel):
+    """Base of every method's config.
+
+    A subclass gives `peft_type` (the method's name in upper case) and its fields. Fields hold JSON data in
+    immutable form: use `tuple[...]`, not `list[...]`. Rules across fields are `model_validator(mode="after")`;
+    a field validator with `mode="before"` sees a sequence as a `list` and returns a `tuple`.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        arbitrary_types_allowed=False,
+        validate_default=False,
+        protected_namespaces=(),
+    )
+
+    peft_type: ClassVar[str]
+    # Keys of files that this class has no field for and may ignore. In a mapping the value is the one that is
+    # harmless (`...`: any); in a set every value is. A subclass adds to its bases' keys.
+    inert_keys: ClassVar[Mapping[str, object] | Set[str]] = frozenset(
+        {"peft_version", "auto_mapping", "runtime_config"}
+    )
+    # Fields left out of files while they have their default: ours, unknown to other readers.
+    written_if_set: ClassVar[Set[str]] = frozenset()
+
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __init__(self, **data: Any) -> None:
+        _validate(self, data, where=None)
+
+    # Tells pydantic that this `__init__` adds no fields and need not be called for nested models.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        for name, decorator in cls.__pydantic_decorators__.model_validators.items():
+            # Pydantic would treat all data after such a validator as Python objects and refuse lists for tuples.
+            if decorator.info.mode != "after":
+                raise TypeError(
+                    f"{cls.__module__}.{cls.__name__}.{name}: a config's model_validator has mode='after'; to "
+                    "adopt another spelling found in files, override the classmethod `translate`"
+                )
+
+    # ---- values
+
+    @field_validator("task_type")
+    @classmethod
+    def _known_task_type(cls, value: str | None) -> str | None:
+        if value is not None and value not in TASK_TYPES:
+            raise ValueError(
+                f"unknown task type; the known ones are {', '.join(TASK_TYPES)}.{did_you_mean(value, TASK_TYPES)}"
+            )
+        return value
+
+    def resolve(self: SelfConfig, **updates: Any) -> SelfConfig:
+        """Return a validated copy with `updates`; `self` stays as it is. Raises `ConfigError`."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**values, **updates})
+
+    def model_copy(
+        self: SelfConfig, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> SelfConfig:
+        """Like `resolve`: an update is validated, and a copy shares nothing mutable whatever `deep` says."""
+        return self.resolve(**(update or {}))
+
+    @classmethod
+    def model_validate(cls: type[SelfConfig], obj: Any, **kwargs: Any) -> SelfConfig:
+        """Build from a mapping of fields, under the user's rules. Raises `ConfigError`."""
+        if isinstance(obj, cls):
+            return obj
+        if not isinstance(obj, Mapping):
+            raise ConfigError(f"{cls.__name__} is built from a mapping of fields, not from {_short(obj)}")
+        return cls(**obj)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise ConfigError(
+            f"{type(self).__name__}.{name} cannot be set: configs are frozen. "
+            f"Make a changed copy with `config.resolve({name}=...)`."
+        )
+
+    def __delattr__(self, name: str) -> None:
+        raise ConfigError(f"{type(self).__name__}.{name} cannot be deleted: configs are frozen.")
+
+    def __hash__(self) -> int:
+        return hash((type(self), _hashable(self.__dict__)))
+
+    # ---- files
+
+    @classmethod
+    def translate(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Turn a file's content into this class's own fields; for spellings of other or older writers.
+
+        Called before anything is checked, with a copy of the data without `peft_type`. Leave unknown keys in:
+        the caller decides about them.
+        """
+        return data
+
+    def to_dict(self, *, inference_mode: bool | None = None) -> dict[str, Any]:
+        """Return the content of the config's file: all fields and `peft_type`, as plain JSON data.
+
+        `inference_mode` overrides the field: a saved adapter says true, whatever the running one says.
+        """
+        fields = type(self).model_fields
+        data = {
+            name: value
+            for name, value in self.model_dump(mode="json").items()
+            if not (name in self.written_if_set and getattr(self, name) == fields[name].get_default())
+        }
+        if inference_mode is not None:
+            data["inference_mode"] = inference_mode
+        peft_type = getattr(self, "peft_type", None)
+        if peft_type is not None:
+            data["peft_type"] = peft_type
+        return data
+
+    def to_json(self, *, inference_mode: bool | None = None) -> str:
+        """Return `to_dict` as text: sorted keys, indent 2, final newline."""
+        return dump_json(self.to_dict(inference_mode=inference_mode))
+
+    @classmethod
+    def from_dict(cls: type[SelfConfig], data: Mapping[str, Any], *, source: str = "the data") -> SelfConfig:
+        """Build from a file's content; `source` names it in errors.
+
+        Raises `ConfigError` for a value that does not fit and for a key that is active but unknown.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{source}: a config is a mapping of keys to values, not {_short(data)}")
+        own = getattr(cls, "peft_type", None)
+        found = data.get("peft_type")
+        if own is None:
+            return cast("type[SelfConfig]", _config_class(found, source)).from_dict(data, source=source)
+        if found is not None and found != own:
+            raise ConfigError(
+                f"{source}: peft_type is {_short(found)}, and {cls.__name__} reads {own!r}. "
+                "Use AdapterConfig.from_pretrained, which picks the class from the file."
+            )
+        values = cls.translate({key: value for key, value in data.items() if key != "peft_type"})
+        known: dict[str, Any] = {}
+        problems: list[str] = []
+        for key, value in values.items():
+            if key in cls.model_fields:
+                known[key] = value
+            elif not (_off(value) or cls._is_inert(key, value)):
+                problems.append(
+                    f"{_short(key)}: {cls.__name__} has no such option, and the file switches it on "
+                    f"({_short(value)}). Ignoring it would give other numbers than the writer's. Install a "
+                    "version of the method's package that knows it, or remove the key if it is harmless."
+                    + did_you_mean(str(key), cls.model_fields)
+                )
+        self = cls.__new__(cls)
+        _validate(self, cls._switched_off(known), where=source, problems=problems)
+        return self
+
+    @classmethod
+    def _switched_off(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Hook for the base classes below: turn a file's ways of saying "not used" into the field's default."""
+        return data
+
+    @classmethod
+    def _is_inert(cls, key: str, value: object) -> bool:
+        for base in cls.__mro__:
+            inert = base.__dict__.get("inert_keys", ())
+            if key in inert:
+                if not isinstance(inert, Mapping):
+                    return True
+                harmless = inert[key]
+                if harmless is ... or (type(harmless) is type(value) and harmless == value):
+                    return True
+        return False
+
+    @classmethod
+    def from_json_file(cls: type[SelfConfig], path: str | os.PathLike[str]) -> SelfConfig:
+        """Read one file, within limits on its size, depth and lists. Raises `ConfigError`."""
+        data = read_json(path)
+        if "peft_type" not in data:
+            raise ConfigError(f"{path}: no 'peft_type': this is not the config of an adapter.")
+        return cls.from_dict(data, source=os.fspath(path))
+
+    @classmethod
+    def from_pretrained(cls: type[SelfConfig], directory: str | os.PathLike[str]) -> SelfConfig:
+        """Read `adapter_config.json` of a directory; on a base class, the file's `peft_type` picks the class."""
+        path = Path(directory) / CONFIG_NAME
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist. Give the directory an adapter was saved in.")
+        return cls.from_json_file(path)
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, inference_mode: bool | None = None
+    ) -> Path:
+        """Write `adapter_config.json` into a directory, atomically, and return its path. Raises `OSError`."""
+        path = Path(directory) / CONFIG_NAME
+        content = self.to_json(inference_mode=inference_mode).encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+        return path
+
+
+class TargetedConfig(AdapterConfig):
+    """A config whose method sits on modules chosen by name. How names match is told in `targets`."""
+
+    # Roles (see `architectures`) that get an adapter when `target_modules` is not given; `default_roles_for`
+    # holds the model types for which the method's authors chose others.
+    default_roles: ClassVar[tuple[str, ...]] = ()
+    default_roles_for: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # Whether an empty `target_modules` is meaningful: the method has sites beyond the matched modules.
+    allow_no_targets: ClassVar[bool] = False
+
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: int | tuple[int, ...] | None = None
+    layers_pattern: str | tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = None
+
+    @field_validator(
+        "target_modules", "exclude_modules", "layers_pattern", "modules_to_save", mode="before"
+    )
+    @classmethod
+    def _names(cls, value: Any, info: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            if info.field_name == "modules_to_save":
+                raise ValueError("give a list of names, not one string")
+            if not value:
+                raise ValueError("an empty string names nothing; leave the field out, or give names")
+            return value
+        if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+            kinds = "names" if info.field_name == "modules_to_save" else "names, or a string"
+            raise ValueError(f"give a list of {kinds}")
+        if not value and not (info.field_name == "target_modules" and cls.allow_no_targets):
+            raise ValueError("an empty list names nothing; leave the field out, or give names")
+        if not all(value):
+            raise ValueError("one of the names is the empty string")
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("layers_to_transform", mode="before")
+    @classmethod
+    def _indices(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        indices = list(value) if isinstance(value, (list, tuple)) else [value]
+        if not all(type(index) is int and index >= 0 for index in indices):
+            raise ValueError("give a layer index, or a list of them; indices are integers from 0 on")
+        if not indices:
+            raise ValueError("an empty list selects no layer; leave the field out, or give indices")
+        return tuple(dict.fromkeys(indices)) if isinstance(value, (list, tuple)) else value
+
+    @model_validator(mode="after")
+    def _layers_need_names(self) -> TargetedConfig:
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where the layer index is; it needs layers_to_transform")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            if self.target_modules.lower() != "all-linear":
+                raise ValueError(
+                    "layers_to_transform and layers_pattern select among listed names; target_modules is a "
+                    "regular expression: put the layers into it, or give a list"
+                )
+        return self
+
+    @classmethod
+    def _switched_off(cls, data: dict[str, Any]) -> dict[str, Any]:
+        optional = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        return {key: value for key, value in data.items() if not (key in optional and _off(value))}
+
+
+# ---- reading and writing JSON
+
+
+def dump_json(data: Mapping[str, Any]) -> str:
+    """Return JSON text with sorted keys. Only the top level is sorted: in a mapping of patterns the first hit
+    counts, so the order of its keys is data. Raises `ValueError` for what JSON cannot hold."""
+    ordered = {key: data[key] for key in sorted(data)}
+    return json.dumps(ordered, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object from a file of unknown origin. Raises `ConfigError`, naming the file.
+
+    Refused: more than `MAX_BYTES`, nesting beyond `MAX_DEPTH`, containers of more than `MAX_ITEMS` entries,
+    repeated keys (readers disagree about which one counts), NaN and infinities, and anything but an object.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{os.fspath(path)}: cannot be read: {error}") from error
+    return parse_json(content, source=os.fspath(path))
+
+
+def parse_json(content: bytes, *, source: str) -> dict[str, Any]:
+    """Parse the bytes of a JSON object under the limits of `read_json`; `source` names them in errors."""
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{source}: larger than {MAX_BYTES} bytes; no adapter config is.")
+
+    def refuse(what: str) -> Any:
+        raise ConfigError(f"{source}: {what}")
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in items:
+            if key in found:
+                refuse(f"the key {_short(key)} appears twice in one object")
+            found[key] = value
+        return found
+
+    def number(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else cast(float, refuse(f"the number {_short(text)} is too large"))
+
+    try:
+        data = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=pairs,
+            parse_constant=lambda text: refuse(f"{text} is not a JSON value"),
+            parse_float=number,
+        )
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise ConfigError(f"{source}: nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:  # Malformed JSON, malformed UTF-8, or an integer of thousands of digits.
+        raise ConfigError(f"{source}: not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: the file holds {_short(data)}, not a JSON object")
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        if any(len(container) > MAX_ITEMS for container in level):
+            raise ConfigError(f"{source}: a list of more than {MAX_ITEMS} entries")
+        inner = (value for item in level for value in (item.values() if isinstance(item, dict) else item))
+        level = [value for value in inner if isinstance(value, (dict, list))]
+        if not level:
+            return data
+    raise ConfigError(f"{source}: nested deeper than {MAX_DEPTH} levels")
+
+
+# ---- validation
+
+
+def _validate(
+    self: AdapterConfig, data: Mapping[str, Any], *, where: str | None, problems: Sequence[str] = ()
+) -> None:
+    """Fill `self` from `data`, or raise one `ConfigError` with all problems."""
+    cls = type(self)
+    lines = list(problems)
+    plain: dict[str, Any] = {}
+    unusable: set[str] = set()
+    for name, value in data.items():
+        try:
+            plain[name] = _plain(value, name)
+        except _NotPlain as error:
+            unusable.add(name)
+            lines.append(str(error))
+    try:
+        self.__pydantic_validator__.validate_json(
+            json.dumps(plain, allow_nan=False), strict=True, self_instance=self
+        )
+    except ValidationError as error:
+        lines += _readable(cls, error, unusable)
+    if lines:
+        origin = f"{where}: " if where else ""
+        count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise ConfigError(f"{origin}{count} in {cls.__name__}:\n" + "\n".join(f"  {line}" for line in lines))
+
+
+class _NotPlain(ValueError):
+    """A value has no JSON form."""
+
+
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """Return `value` as JSON data: a set as a sorted list, a NumPy scalar as a Python one, an enum as its value."""
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise _NotPlain(f"{where}: {_short(value)} holds half a surrogate pair and cannot be written") from None
+        return str(value)
+    if isinstance(value, int):
+        if abs(value) >= 1 << 63:
+            raise _NotPlain(f"{where}: {_short(value)} does not fit 64 bits")
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise _NotPlain(f"{where}: {float(value)} is not a finite number")
+        return float(value)
+    if isinstance(value, os.PathLike):
+        return _plain(os.fspath(value), where, depth)
+    if depth >= MAX_DEPTH:
+        raise _NotPlain(f"{where}: nested deeper than {MAX_DEPTH} levels, or containing itself")
+    if isinstance(value, BaseModel):
+        value = {name: getattr(value, name) for name in type(value).model_fields}
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise _NotPlain(f"{where}: the key {_short(key)} is not a string")
+        return {str(key): _plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
+    if isinstance(value, (Set, list, tuple)):
+        items = [_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
+        return sorted(items, key=lambda item: (str(type(item)), item)) if isinstance(value, Set) else items
+    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+        try:
+            scalar = value.item()
+        except (RuntimeError, TypeError, ValueError):  # A tensor without data.
+            scalar = None
+        if isinstance(scalar, (bool, int, float, str)):
+            return _plain(scalar, where, depth)
+    raise _NotPlain(
+        f"{where}: {_short(value)} is a {_type_name(value)}, which a config file cannot hold; give a string, a "
+        "number, a boolean, or lists and mappings of these"
+    )
+
+
+def _readable(cls: type[AdapterConfig], error: ValidationError, skip: Set[str]) -> Iterable[str]:
+    """One line for each field with a problem: where, what, and what was given."""
+    by_field: dict[str, tuple[list[str], Any]] = {}
+    for item in error.errors(include_url=False):
+        loc = item["loc"]
+        field = str(loc[0]) if loc else "the config as a whole"
+        if field in skip:
+            continue
+        if item["type"] == "extra_forbidden":
+            message = f"{cls.__name__} has no such field.{did_you_mean(field, cls.model_fields)}"
+        elif item["type"] == "missing":
+            message = "this field is required"
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[:1].lower() + message[1:]
+        # A union reports each of its members; their names in `loc` say nothing to a reader, positions do.
+        inner = "".join(f"[{part!r}]" for part in loc[1:] if isinstance(part, int) or _is_key(item, part))
+        messages, _ = by_field.setdefault(field, ([], item.get("input")))
+        text = f"at {inner}: {message}" if inner else message
+        if text not in messages:
+            messages.append(text)
+    for field, (messages, given) in by_field.items():
+        line = f"{field}: {', or '.join(messages)}"
+        plain = field in cls.model_fields and not messages[0].startswith("this field is required")
+        yield line + (f" (got {_short(given)}, a {_type_name(given)})" if plain else "")
+
+
+def _is_key(item: Any, part: str | int) -> bool:
+    """Whether a string in an error's location is a key of the data rather than the name of a union's member."""
+    return isinstance(part, str) and item["type"] in ("extra_forbidden", "missing")
+
+
+def _config_class(peft_type: object, source: str) -> type[AdapterConfig]:
+    """Find the class that reads a `peft_type`, by the installed methods. Raises `ConfigError`."""
+    if not isinstance(peft_type, str) or not peft_type:
+        raise ConfigError(f"{source}: peft_type is {_short(peft_type)}; it names the method of an adapter.")
+    from .methods import load_method
+
+    return load_method(peft_type.lower()).config_class
+
+
+def _off(value: object) -> bool:
+    """Whether a file's value says that an option is not used. Zero does not: it may be a setting."""
+    return value is None or value is False or (isinstance(value, (str, list, tuple, dict)) and not value)
+
+
+def _short(value: object, limit: int = 80) -> str:
+    """A value for an error message: never long, whatever a file holds."""
+    if isinstance(value, (str, bytes)):
+        value = value[: limit + 1]
+    elif isinstance(value, (list, tuple, dict)) and len(value) > limit:
+        return f"a {type(value).__name__} of {len(value)} entries"
+    try:
+        text = repr(value)
+    except Exception:  # A broken `__repr__`, or an integer beyond the limit of conversion, must not hide the error.
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _type_name(value: object) -> str:
+    cls = type(value)
+    return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return frozenset((key, _hashable(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(item) for item in value)
+    return value
+
+
+__all__ = [
+    "CONFIG_NAME",
+    "TASK_TYPES",
+    "AdapterConfig",
+    "TargetedConfig",
+    "dump_json",
+    "parse_json",
+    "read_json",
+]
