@@ -1,0 +1,156 @@
+"""What the author of a method writes: the parameters and the maths of one adapter on one layer.
+
+The core owns the rest, once for everybody: the loop over active adapters, switching, stacking, rows of a batch,
+merging and exact unmerging, device and dtype, trainability, state and files.
+
+Classes are abstract or final: concrete adapters do not inherit from one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from .errors import CheckpointMismatchError, MergeError
+from .layers import BaseLayer, Params
+
+if TYPE_CHECKING:
+    from .site import Link
+
+
+class Adapter(nn.Module):
+    """One adapter on one layer. Subclasses override `forward` and, where it exists, `merge`.
+
+    Subclasses allocate in `__init__` with `layer.parameter(...)` and give starting values in
+    `reset_parameters`, which the core skips when a checkpoint will fill them.
+    """
+
+    rowwise: ClassVar[bool] = True
+    """Whether each row of a batch is treated without regard to the other rows."""
+
+    starts_as_base: ClassVar[bool] = True
+    """Whether the default start leaves the base's function unchanged."""
+
+    additive: bool = False
+
+    def __init__(self, layer: BaseLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Decided by the forward in force, not by ancestry: a subclass that overrides it is not additive.
+        cls.additive = getattr(cls, "accumulate", None) is not None and cls.forward is DeltaAdapter.forward
+
+    def reset_parameters(self) -> None:
+        """Give every parameter its starting value."""
+
+    def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
+        """Wrap the next callable. `base(*args, **kwargs)` runs everything below this adapter."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(base, *args, **kwargs)")
+
+    def merge(self, params: Params) -> Params:
+        """Weights with which the bare layer computes what layer and adapter compute. Must not write in place."""
+        raise MergeError(
+            f"{self.layer.path}: {type(self).__name__} cannot be expressed in the base layer's weights, so it cannot "
+            "be merged; keep the adapter attached, or save it and load it where it is needed"
+        )
+
+    def effective(self, params: Params) -> Params:
+        """As `merge`, for use within one call; values may stay factored as long as they act like tensors."""
+        return self.merge(params)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def slots(self) -> dict[str, tuple[nn.Module, str]]:
+        """Every tensor that belongs in a checkpoint: slot name -> (owner, attribute)."""
+        found: dict[str, tuple[nn.Module, str]] = {}
+        for prefix, module in self.named_modules():
+            dot = f"{prefix}." if prefix else ""
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    found[dot + name] = (module, name)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    found[dot + name] = (module, name)
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """Slot name -> tensor, the adapter's part of a checkpoint."""
+        return {slot: getattr(owner, name) for slot, (owner, name) in self.slots().items()}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors of the exact slots and shapes of `state()`; dtype and device become the adapter's own.
+
+        Raises `CheckpointMismatchError` before anything changes.
+        """
+        slots = self.slots()
+        if slots.keys() != tensors.keys():
+            raise CheckpointMismatchError(
+                f"{self.layer.path}: missing {sorted(slots.keys() - tensors.keys())}, "
+                f"unknown {sorted(tensors.keys() - slots.keys())}"
+            )
+        for slot, (owner, name) in slots.items():
+            if getattr(owner, name).shape != tensors[slot].shape:
+                raise CheckpointMismatchError(
+                    f"{self.layer.path}.{slot}: the file has shape {tuple(tensors[slot].shape)}, "
+                    f"the adapter {tuple(getattr(owner, name).shape)}"
+                )
+        for slot, (owner, name) in slots.items():
+            old: Tensor = getattr(owner, name)
+            device = self.layer.device if old.is_meta else old.device
+            value = tensors[slot].detach().to(device=device, dtype=old.dtype)
+            if name in owner._parameters:
+                owner._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+            else:
+                owner._buffers[name] = value
+
+
+class DeltaAdapter(Adapter):
+    """y = base(x) + delta(x). Write `delta` and `weight_delta`."""
+
+    def delta(self, x: Tensor) -> Tensor:
+        """What the adapter adds to the layer's output for input `x`, in the output's shape and dtype."""
+        raise NotImplementedError(f"{type(self).__name__} must define delta(x)")
+
+    def weight_delta(self) -> Tensor:
+        """What the adapter adds to the weight, in the weight's orientation (output rows first)."""
+        raise MergeError(f"{self.layer.path}: {type(self).__name__} has no weight delta, so it cannot be merged")
+
+    def accumulate(self, out: Tensor, x: Tensor) -> Tensor:
+        """`out + delta(x)`; override where the sum can be fused with the last product."""
+        return out + self.delta(x)
+
+    def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
+        return self.accumulate(base(*args, **kwargs), args[0])
+
+    def merge(self, params: Params) -> Params:
+        weight = params["weight"]
+        return {**params, "weight": weight + self.weight_delta().to(weight.dtype)}
+
+
+class WeightAdapter(Adapter):
+    """The layer's own function with other weights. Write `merge`; a cheaper `forward` is welcome."""
+
+    def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
+        # From the weights below, not from the layer's: adapters further in must not be lost.
+        return self.layer.call(self.effective(base.params()), *args, **kwargs)
+
+
+def as_compute(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` in the dtype of `like`; no operation where they agree."""
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+
+def dropout(p: float) -> nn.Module | None:
+    """A dropout module, or None at p = 0 so that the forward does not pay for a call that does nothing."""
+    return nn.Dropout(p) if p > 0 else None
+
+
+def frozen(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter as part of the state that is never trained."""
+    return cast(nn.Parameter, parameter.requires_grad_(False))
+
+

@@ -1,0 +1,97 @@
+"""What a plugin may implement. All of it is cold path: nothing here runs per forward or per generated token.
+
+An implementation declares only the arguments it needs; pluggy passes those by name, so a spec can grow
+arguments for years without breaking a plugin. Defaults live in `defaults.py`, itself a plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .adapter import Adapter
+    from .config import AdapterConfig
+    from .layers import BaseLayer, SiteRequest
+
+PROJECT = "peft_core"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class MethodSpecs:
+    """Hooks of one method. Each method has a plugin manager of its own."""
+
+    @hookspec(firstresult=True)
+    def peft_config(self) -> type[AdapterConfig]:  # type: ignore[empty-body]
+        """Return the method's config class; its `peft_type` is the method's name in upper case."""
+
+    @hookspec(firstresult=True)
+    def peft_match(self, config: AdapterConfig, path: str, module: nn.Module, model: nn.Module) -> bool | None:
+        """Say whether `module` at `path` gets an adapter; None leaves it to `target_modules`."""
+
+    @hookspec
+    def peft_sites(self, config: AdapterConfig, model: nn.Module) -> Sequence[SiteRequest]:  # type: ignore[empty-body]
+        """Return sites beyond the matched modules: single parameters, embedding rows, tied twins, blocks."""
+
+    @hookspec
+    def peft_prepare(
+        self,
+        model: nn.Module,
+        name: str,
+        config: AdapterConfig,
+        layers: Sequence[BaseLayer],
+        shared: nn.Module,
+    ) -> None:
+        """See all sites before any adapter is built: shared tensors, budgets, refusals across adapters.
+
+        `shared` is the adapter's own module for tensors that several sites use; it is moved with the model
+        and saved once. Raise a `PeftError` to refuse.
+        """
+
+    @hookspec(firstresult=True)
+    def peft_build(  # type: ignore[empty-body]
+        self,
+        config: AdapterConfig,
+        layer: BaseLayer,
+        shared: nn.Module,
+        model: nn.Module,
+        tensors: Mapping[str, Tensor] | None,
+    ) -> Adapter:
+        """Build the adapter of one layer, with empty parameters (`layer.parameter(...)`).
+
+        `tensors` holds the checkpoint's part for this layer, by slot, where one is being loaded: shapes may
+        come from it. Otherwise the core calls `adapter.reset_parameters()` afterwards.
+        """
+
+    @hookspec(firstresult=True)
+    def peft_merge(  # type: ignore[empty-body]
+        self, config: AdapterConfig, adapter: Adapter, params: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the weights that make the bare base layer compute what base and adapter compute together."""
+
+    @hookspec(firstresult=True)
+    def peft_state_key(self, config: AdapterConfig, key: str) -> str:  # type: ignore[empty-body]
+        """Map a slot of an adapter to its key in the file, one to one; the core inverts it for loading."""
+
+
+class ExtensionSpecs:
+    """Registries, broadcast to every installed extension (entry-point group `peft_core.extensions`)."""
+
+    @hookspec(firstresult=True)
+    def peft_layer(self, path: str, module: nn.Module) -> BaseLayer | None:
+        """Return the view of a module's storage (quantised, sharded ...), or None if it is not yours."""
+
+    @hookspec
+    def peft_architectures(self) -> Mapping[str, Mapping[str, Sequence[str]]]:  # type: ignore[empty-body]
+        """Return the roles of model types: `{model_type: {role: module names}}`."""
+
+    @hookspec(firstresult=True)
+    def peft_checkpoint(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Read a foreign checkpoint as (config dict, tensors in the library's own keys), or None."""

@@ -1,0 +1,312 @@
+"""Dense read, write and call views of one module's storage.
+
+A method works on a view and never on a module class, so it runs on every storage: the view says what the weight
+is (always in the orientation of `nn.Linear`, output rows first, whatever the module stores), and computes the
+module's function with other weights. Storage backends add views through the `peft_layer` hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import TargetError
+
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SiteRequest:
+    """One place an adapter is wanted at.
+
+    `part` tells apart several adapters of one name at one module. `names` are the parameters meant, empty for the
+    module as a whole. `key_prefix` stands between module path and slot in a file. `meta` is the method's own.
+    `copied` asks for a trainable copy of the whole module, which the core builds itself (`modules_to_save`).
+    """
+
+    path: str
+    part: str = ""
+    names: tuple[str, ...] = ()
+    key_prefix: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    copied: bool = False
+
+
+class BaseLayer:
+    """View of any module: its parameters by name, as they are stored.
+
+    `kind` tells methods what the module computes: "linear" (..., in) -> (..., out), "conv", "embedding",
+    "attention" (`nn.MultiheadAttention`), or "module" (anything else).
+    """
+
+    kind: ClassVar[str] = "module"
+    batch_dim: int = 0
+
+    def __init__(self, module: nn.Module, path: str, request: SiteRequest | None = None) -> None:
+        self.module = module
+        self.path = path
+        self.request = request or SiteRequest(path)
+        self.build_device: torch.device | None = None
+        self.build_dtype: torch.dtype | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r}, {type(self.module).__name__})"
+
+    # -- reading and writing -------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters this view covers."""
+        return self.request.names or tuple(name for name, _ in self.module.named_parameters())
+
+    def params(self) -> Params:
+        """The weights as dense tensors, without a copy where the storage is dense."""
+        return {name: self._stored(name) for name in self.names}
+
+    def write(self, params: Mapping[str, Tensor]) -> None:
+        """Put new weights in place, rounding once to the stored dtype. The old parameters are left untouched."""
+        for name, value in params.items():
+            owner, attribute = self._owner(name)
+            old = owner._parameters[attribute]
+            assert old is not None
+            stored = self._to_storage(name, value).detach().to(old.dtype).contiguous()
+            owner._parameters[attribute] = nn.Parameter(stored, requires_grad=old.requires_grad)
+
+    def snapshot(self) -> dict[str, nn.Parameter]:
+        """The parameter objects themselves, so that `restore` is exact and ties between modules come back."""
+        return {name: self._stored(name) for name in self.names}
+
+    def restore(self, snapshot: Mapping[str, nn.Parameter]) -> None:
+        """Put the parameters of a snapshot back."""
+        for name, parameter in snapshot.items():
+            owner, attribute = self._owner(name)
+            owner._parameters[attribute] = parameter
+
+    def call(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The module's function with `params` in place of its own weights; the module itself is not touched."""
+        return shadowed(self.module, {n: self._to_storage(n, p) for n, p in params.items()})(*args, **kwargs)
+
+    # -- building an adapter -------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The `weight` parameter, output rows first."""
+        return self.params()["weight"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where an adapter of this layer is built."""
+        return self.build_device or self._first().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of an adapter's parameters: float32 for half-precision bases unless asked otherwise."""
+        return self.build_dtype or self._first().dtype
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """An uninitialised trainable parameter on this layer's device, in the adapter's dtype."""
+        return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
+
+    def refuse(self, reason: str) -> TargetError:
+        """The error that says this layer cannot be adapted, and why."""
+        return TargetError(f"{self.path or 'the model itself'} ({type(self.module).__name__}): {reason}")
+
+    # -- storage -------------------------------------------------------------------------------------------------
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        parent, _, attribute = name.rpartition(".")
+        return (self.module.get_submodule(parent) if parent else self.module), attribute
+
+    def _stored(self, name: str) -> nn.Parameter:
+        owner, attribute = self._owner(name)
+        parameter = owner._parameters.get(attribute)
+        if parameter is None:
+            raise self.refuse(f"it has no parameter {name!r}; it has {[n for n, _ in self.module.named_parameters()]}")
+        return parameter
+
+    def _first(self) -> Tensor:
+        for name in self.names:
+            return self._stored(name)
+        return torch.empty(0)
+
+    def _to_storage(self, name: str, value: Tensor) -> Tensor:
+        return value
+
+
+class _WeightBias(BaseLayer):
+    """A layer whose parameters are `weight` and perhaps `bias`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        if self.request.names:
+            return self.request.names
+        return ("weight",) if self.module._parameters.get("bias") is None else ("weight", "bias")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (out,), or None."""
+        return self.module._parameters.get("bias")
+
+
+class LinearLayer(_WeightBias):
+    """`nn.Linear`, and transformers' `Conv1D` (which stores its weight the other way round)."""
+
+    kind = "linear"
+
+    def __init__(self, module: nn.Module, path: str, request: SiteRequest | None = None) -> None:
+        super().__init__(module, path, request)
+        self.transposed = is_conv1d(module)
+        self._plain = type(module) is nn.Linear
+        weight = self._stored("weight")
+        if not weight.is_floating_point() or weight.dim() != 2:
+            raise self.refuse(
+                f"its weight is stored as {weight.dtype} of shape {tuple(weight.shape)}, which no installed storage "
+                "backend can read; install the extension for this kind of quantised layer, or exclude the module"
+            )
+        rows, columns = weight.shape
+        self.in_features, self.out_features = (rows, columns) if self.transposed else (columns, rows)
+
+    def params(self) -> Params:
+        params = super().params()
+        if self.transposed:
+            params["weight"] = params["weight"].t()
+        return params
+
+    def _to_storage(self, name: str, value: Tensor) -> Tensor:
+        return value.t() if self.transposed and name == "weight" else value
+
+    def call(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if self._plain and len(args) == 1 and not kwargs:
+            return F.linear(args[0], params["weight"], params.get("bias"))
+        return super().call(params, *args, **kwargs)
+
+
+class ConvLayer(_WeightBias):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`; the weight is (out, in / groups, *kernel)."""
+
+    kind = "conv"
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+    @property
+    def in_features(self) -> int:
+        return self.module.in_channels
+
+    @property
+    def out_features(self) -> int:
+        return self.module.out_channels
+
+    @property
+    def groups(self) -> int:
+        return self.module.groups
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        return tuple(self.module.kernel_size)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int | None = None) -> Tensor:
+        """The module's convolution (stride, padding and its mode, dilation) with another kernel.
+
+        `weight` is (any, in / groups, *kernel); `groups` defaults to the module's.
+        """
+        module = self.module
+        padding: Any = module.padding
+        if module.padding_mode != "zeros":
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            padding = 0
+        run: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+        result: Tensor = run(
+            x, weight, bias, module.stride, padding, module.dilation, module.groups if groups is None else groups
+        )
+        return result
+
+    def call(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if type(self.module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and len(args) == 1 and not kwargs:
+            return self.convolve(args[0], params["weight"], params.get("bias"))
+        return super().call(params, *args, **kwargs)
+
+
+class EmbeddingLayer(_WeightBias):
+    """`nn.Embedding`; the weight is the table (vocabulary, dimension)."""
+
+    kind = "embedding"
+    module: nn.Embedding
+
+    @property
+    def num_embeddings(self) -> int:
+        return self._stored("weight").shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        return self._stored("weight").shape[1]
+
+    @property
+    def scale(self) -> Tensor | float | None:
+        """Factor the module puts on its output (`embed_scale`), None where there is none."""
+        scale = getattr(self.module, "embed_scale", None)
+        return scale if isinstance(scale, (Tensor, float, int)) else None
+
+    def lookup(self, ids: Tensor, table: Tensor) -> Tensor:
+        """Rows of another table (vocabulary, any), with this module's padding index; unscaled."""
+        return F.embedding(ids, table, padding_idx=self.module.padding_idx)
+
+
+class AttentionLayer(BaseLayer):
+    """`nn.MultiheadAttention`, whose kernel reads the projections' weights past any wrapper inside it."""
+
+    kind = "attention"
+    module: nn.MultiheadAttention
+
+    def __init__(self, module: nn.Module, path: str, request: SiteRequest | None = None) -> None:
+        super().__init__(module, path, request)
+        self.batch_dim = 0 if self.module.batch_first else 1
+
+    @property
+    def embed_dim(self) -> int:
+        return self.module.embed_dim
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is transformers' `Conv1D` (told by name: transformers may not be installed)."""
+    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+
+
+def layer_of(module: nn.Module, request: SiteRequest) -> BaseLayer:
+    """The view of a module that no extension claims."""
+    path = request.path
+    if request.names and not (request.names == ("weight",) and isinstance(module, nn.Embedding)):
+        return BaseLayer(module, path, request)
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return LinearLayer(module, path, request)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return ConvLayer(module, path, request)
+    if isinstance(module, nn.Embedding):
+        return EmbeddingLayer(module, path, request)
+    if isinstance(module, nn.MultiheadAttention):
+        return AttentionLayer(module, path, request)
+    return BaseLayer(module, path, request)
+
+
+def shadowed(module: nn.Module, params: Mapping[str, Any]) -> nn.Module:
+    """A shallow copy of `module` that sees `params` as its parameters (nested names allowed).
+
+    Nothing of the original is written, so other threads and a later recompute see the original weights. Values
+    may be any object that behaves like a tensor under the torch function protocol.
+    """
+    clone: nn.Module = object.__new__(type(module))
+    clone.__dict__ = dict(module.__dict__)
+    own = {name: value for name, value in params.items() if "." not in name}
+    clone.__dict__["_parameters"] = {**module._parameters, **own}
+    children: dict[str, dict[str, Any]] = {}
+    for name, value in params.items():
+        head, dot, rest = name.partition(".")
+        if dot:
+            children.setdefault(head, {})[rest] = value
+    if children:
+        modules = {head: shadowed(module._modules[head], nested) for head, nested in children.items()}  # type: ignore[arg-type]
+        clone.__dict__["_modules"] = {**module._modules, **modules}
+    return clone

@@ -1,0 +1,206 @@
+"""What sits at an adapted module's place: the module, and adapters by name.
+
+This is the hot path. It runs no hook, copies nothing, and costs one dictionary look-up when no adapter is active.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .errors import RequestError
+from .layers import BaseLayer, Params
+from .routing import Request, Routing
+
+
+class Link:
+    """The next callable, as an adapter's `forward` sees it: call it, or read the weights it stands for."""
+
+    __slots__ = ("inner", "layer")
+
+    def __init__(self, layer: BaseLayer, inner: tuple[Adapter, ...] = ()) -> None:
+        self.layer = layer
+        self.inner = inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.inner:
+            return self.layer.module(*args, **kwargs)
+        return self.inner[-1](Link(self.layer, self.inner[:-1]), *args, **kwargs)
+
+    def params(self) -> Params:
+        """Effective weights of the layer and every adapter further in.
+
+        Raises `MergeError` where one of those adapters has no weight form.
+        """
+        params = self.layer.params()
+        for adapter in self.inner:
+            params = adapter.effective(params)
+        return params
+
+
+class Site(nn.Module):
+    """A module with middleware. Attributes it does not have are the base layer's."""
+
+    def __init__(self, layer: BaseLayer, routing: Routing) -> None:
+        super().__init__()
+        self.base_layer = layer.module
+        self.adapters = nn.Module()
+        self._routing = routing
+        self._layer = layer
+        self._chains: dict[str, tuple[Adapter, ...]] = {}
+        self.training = layer.module.training
+
+    # -- adapters by name ----------------------------------------------------------------------------------------
+
+    def attach(self, name: str, part: str, adapter: Adapter) -> None:
+        """Add one adapter; its order among the adapters of that name is the order of attaching."""
+        # Written past add_module, which refuses names that are attributes of nn.Module ("train", "half" ...).
+        self.adapters._modules[f"{name}:{part}" if part else name] = adapter
+        self._chains[name] = (*self._chains.get(name, ()), adapter)
+        adapter.train(self.training)
+
+    def detach(self, name: str) -> None:
+        """Remove every adapter of that name."""
+        self._chains.pop(name, None)
+        for key in [k for k in self.adapters._modules if k.partition(":")[0] == name]:
+            del self.adapters._modules[key]
+
+    def of(self, name: str) -> dict[str, Adapter]:
+        """The adapters of one name, by part."""
+        return {k.partition(":")[2]: a for k, a in self.adapters._modules.items() if k.partition(":")[0] == name}  # type: ignore[misc]
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the adapters at this site."""
+        return tuple(self._chains)
+
+    def chain(self, active: tuple[str, ...]) -> tuple[Adapter, ...]:
+        """The adapters that act when `active` is active, innermost first."""
+        if len(active) == 1:
+            return self._chains.get(active[0], ())
+        return tuple(adapter for name in active for adapter in self._chains.get(name, ()))
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        routing = self._routing
+        request = routing.current()
+        if routing.merged:
+            _check_merged(routing, request)
+            return self.base_layer(*args, **kwargs)
+        if request.rows is not None:
+            return self._forward_rows(request, args, kwargs)
+        return self._run(self.chain(request.active), args, kwargs)
+
+    def _run(self, chain: tuple[Adapter, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not chain:
+            return self.base_layer(*args, **kwargs)
+        if len(args) == 1 and not kwargs and all(adapter.additive for adapter in chain):
+            return self._run_additive(chain, args[0])
+        return Link(self._layer, chain)(*args, **kwargs)
+
+    def _run_additive(self, chain: tuple[Adapter, ...], x: Tensor) -> Tensor:
+        """Flat path: the base once, then every delta onto its output; linear layers see rows flattened once."""
+        shape = x.shape
+        flat = self._layer.kind == "linear" and len(shape) > 2
+        if flat:
+            x = x.reshape(-1, shape[-1])
+        out: Tensor = self.base_layer(x)
+        for adapter in chain:
+            out = adapter.accumulate(out, x)  # type: ignore[operator]
+        return out.view(*shape[:-1], out.shape[-1]) if flat else out
+
+    # -- one adapter per row -------------------------------------------------------------------------------------
+
+    def _forward_rows(self, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        dim = self._layer.batch_dim
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if first is None or first.dim() <= dim:
+            raise RequestError(f"{self._layer.path}: adapter_names needs tensor inputs whose dimension {dim} is the batch")
+        size = first.shape[dim]
+        groups = [(self.chain(active), rows) for active, rows in request.groups(size, first.device)]
+        if not any(chain for chain, _ in groups):
+            return self.base_layer(*args, **kwargs)
+        for chain, _ in groups:
+            for adapter in chain:
+                if not adapter.rowwise:
+                    raise RequestError(
+                        f"{self._layer.path}: {type(adapter).__name__} mixes the rows of a batch, so it cannot be chosen "
+                        "per row with adapter_names; call the model once per adapter"
+                    )
+        if len(groups) == 1:
+            return self._run(groups[0][0], args, kwargs)
+        if len(args) == 1 and not kwargs and all(a.additive for chain, _ in groups for a in chain):
+            out: Tensor = self.base_layer(first)
+            for chain, rows in groups:
+                if chain:
+                    part, x = out.index_select(dim, rows), first.index_select(dim, rows)
+                    for adapter in chain:
+                        part = adapter.accumulate(part, x)  # type: ignore[operator]
+                    out = out.index_copy(dim, rows, part)
+            return out
+        pieces = [self._run(c, _pick(args, size, dim, r), _pick(kwargs, size, dim, r)) for c, r in groups]
+        order = torch.cat([rows for _, rows in groups]).argsort()
+        return _join(pieces, [len(rows) for _, rows in groups], order, dim)
+
+    # -- looking like the base layer -----------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not there yet, or half unpickled
+                raise
+            return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("_modules", {}).get("base_layer")
+        if base is not None and name in base._parameters or base is not None and name in base._buffers:
+            setattr(base, name, value)  # e.g. a model that ties its weights again
+        else:
+            super().__setattr__(name, value)
+
+    def __len__(self) -> int:
+        return len(self.base_layer)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return True
+
+    def extra_repr(self) -> str:
+        return f"adapters={list(self._chains)}"
+
+
+def _check_merged(routing: Routing, request: Request) -> None:
+    if request.rows is not None or request.active != routing.merged:
+        raise RequestError(
+            f"adapters {list(routing.merged)} are merged into the base weights, but this call wants "
+            f"{list(request.rows or request.active) or 'no adapter'}; call unmerge_adapter() first"
+        )
+
+
+def _pick(value: Any, size: int, dim: int, rows: Tensor) -> Any:
+    """Those rows of every tensor whose batch dimension has `size` entries."""
+    if isinstance(value, Tensor):
+        return value.index_select(dim, rows) if value.dim() > dim and value.shape[dim] == size else value
+    if isinstance(value, dict):
+        return {k: _pick(v, size, dim, rows) for k, v in value.items()}
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_pick(v, size, dim, rows) for v in value)
+    return value
+
+
+def _join(pieces: list[Any], sizes: list[int], order: Tensor, dim: int) -> Any:
+    """Put the groups' outputs together in the order of the batch."""
+    first = pieces[0]
+    if isinstance(first, Tensor):
+        for at in (dim, 0) if dim else (0,):
+            if all(p.dim() > at and p.shape[at] == n for p, n in zip(pieces, sizes, strict=True)):
+                return torch.cat(pieces, at).index_select(at, order)
+        raise RequestError("a layer's output has no batch dimension, so one adapter per row cannot be joined")
+    if isinstance(first, tuple):
+        return tuple(_join(list(parts), sizes, order, dim) for parts in zip(*pieces, strict=True))
+    if first is None:
+        return None
+    raise RequestError(f"a layer returned {type(first).__name__}; one adapter per row needs tensors or tuples of them")
