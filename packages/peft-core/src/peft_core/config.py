@@ -4,8 +4,8 @@ A config is a frozen pydantic model with the field names of Hugging Face's PEFT,
 is the same file for both. Every value, from the user or from a file, first becomes plain JSON data and is
 then validated strictly: what was accepted once can always be written and read back.
 
-The rules for the two sources differ in one point. A user's unknown keyword is always an error. A file may come
-from a newer or another writer: an unknown key passes if it is switched off or declared inert
+The rules for the two sources differ in one point. A user's unknown keyword is always an error. A file may
+come from a newer or another writer: an unknown key passes if it is switched off or declared inert
 (`AdapterConfig.inert_keys`), and is an error if it is active, since ignoring it would give wrong numbers.
 """
 
@@ -29,7 +29,7 @@ from .suggest import did_you_mean
 CONFIG_NAME = "adapter_config.json"
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
-# Limits on a config file. The largest known ones are a few hundred kilobytes (full target paths of large models).
+# Limits on a config file. The largest known ones, with all target paths of large models, have some 100 kB.
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 16
 MAX_ITEMS = 1 << 16
@@ -41,8 +41,9 @@ class AdapterConfig(BaseModel):
     """Base of every method's config.
 
     A subclass gives `peft_type` (the method's name in upper case) and its fields. Fields hold JSON data in
-    immutable form: use `tuple[...]`, not `list[...]`. Rules across fields are `model_validator(mode="after")`;
-    a field validator with `mode="before"` sees a sequence as a `list` and returns a `tuple`.
+    immutable form: use `tuple[...]`, not `list[...]`. Rules across fields are
+    `model_validator(mode="after")`; a field validator with `mode="before"` sees a sequence as a `list` and
+    returns a `tuple`.
     """
 
     model_config = ConfigDict(
@@ -78,11 +79,11 @@ class AdapterConfig(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         for name, decorator in cls.__pydantic_decorators__.model_validators.items():
-            # Pydantic would treat all data after such a validator as Python objects and refuse lists for tuples.
+            # After such a validator pydantic takes the data for Python objects and refuses lists for tuples.
             if decorator.info.mode != "after":
                 raise TypeError(
-                    f"{cls.__module__}.{cls.__name__}.{name}: a config's model_validator has mode='after'; to "
-                    "adopt another spelling found in files, override the classmethod `translate`"
+                    f"{cls.__module__}.{cls.__name__}.{name}: a config's model_validator has mode='after'; "
+                    "to adopt another spelling found in files, override the classmethod `translate`"
                 )
 
     # ---- values
@@ -92,7 +93,8 @@ class AdapterConfig(BaseModel):
     def _known_task_type(cls, value: str | None) -> str | None:
         if value is not None and value not in TASK_TYPES:
             raise ValueError(
-                f"unknown task type; the known ones are {', '.join(TASK_TYPES)}.{did_you_mean(value, TASK_TYPES)}"
+                f"unknown task type; the known ones are {', '.join(TASK_TYPES)}."
+                + did_you_mean(value, TASK_TYPES)
             )
         return value
 
@@ -197,7 +199,7 @@ class AdapterConfig(BaseModel):
 
     @classmethod
     def _switched_off(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Hook for the base classes below: turn a file's ways of saying "not used" into the field's default."""
+        """Turn a file's ways of saying "not used" into the field's default."""
         return data
 
     @classmethod
@@ -222,7 +224,7 @@ class AdapterConfig(BaseModel):
 
     @classmethod
     def from_pretrained(cls: type[SelfConfig], directory: str | os.PathLike[str]) -> SelfConfig:
-        """Read `adapter_config.json` of a directory; on a base class, the file's `peft_type` picks the class."""
+        """Read a directory's `adapter_config.json`; for a base class, its `peft_type` picks the class."""
         path = Path(directory) / CONFIG_NAME
         if not path.is_file():
             raise ConfigError(f"{path} does not exist. Give the directory an adapter was saved in.")
@@ -293,12 +295,12 @@ class TargetedConfig(AdapterConfig):
     def _layers_need_names(self) -> TargetedConfig:
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where the layer index is; it needs layers_to_transform")
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            if self.target_modules.lower() != "all-linear":
-                raise ValueError(
-                    "layers_to_transform and layers_pattern select among listed names; target_modules is a "
-                    "regular expression: put the layers into it, or give a list"
-                )
+        pattern = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
+        if self.layers_to_transform is not None and pattern:
+            raise ValueError(
+                "layers_to_transform and layers_pattern select among listed names; target_modules is a "
+                "regular expression: put the layers into it, or give a list"
+            )
         return self
 
     @classmethod
@@ -349,7 +351,9 @@ def parse_json(content: bytes, *, source: str) -> dict[str, Any]:
 
     def number(text: str) -> float:
         value = float(text)
-        return value if math.isfinite(value) else cast(float, refuse(f"the number {_short(text)} is too large"))
+        if not math.isfinite(value):
+            refuse(f"the number {_short(text)} is too large")
+        return value
 
     try:
         data = json.loads(
@@ -411,7 +415,7 @@ class _NotPlain(ValueError):
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Return `value` as JSON data: a set as a sorted list, a NumPy scalar as a Python one, an enum as its value."""
+    """Return `value` as JSON data: sets as sorted lists, NumPy scalars as Python's, enums as their values."""
     if isinstance(value, enum.Enum):
         value = value.value
     if value is None or isinstance(value, bool):
@@ -420,7 +424,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise _NotPlain(f"{where}: {_short(value)} holds half a surrogate pair and cannot be written") from None
+            raise _NotPlain(f"{where}: {_short(value)} holds half a surrogate pair; no file can") from None
         return str(value)
     if isinstance(value, int):
         if abs(value) >= 1 << 63:
@@ -454,8 +458,8 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
         if isinstance(scalar, (bool, int, float, str)):
             return _plain(scalar, where, depth)
     raise _NotPlain(
-        f"{where}: {_short(value)} is a {_type_name(value)}, which a config file cannot hold; give a string, a "
-        "number, a boolean, or lists and mappings of these"
+        f"{where}: {_short(value)} is a {_type_name(value)}, which a config file cannot hold; "
+        "give a string, a number, a boolean, or lists and mappings of these"
     )
 
 
@@ -487,7 +491,7 @@ def _readable(cls: type[AdapterConfig], error: ValidationError, skip: Set[str]) 
 
 
 def _is_key(item: Any, part: str | int) -> bool:
-    """Whether a string in an error's location is a key of the data rather than the name of a union's member."""
+    """Whether a string in an error's location is a key of the data, not the name of a union's member."""
     return isinstance(part, str) and item["type"] in ("extra_forbidden", "missing")
 
 
@@ -513,7 +517,7 @@ def _short(value: object, limit: int = 80) -> str:
         return f"a {type(value).__name__} of {len(value)} entries"
     try:
         text = repr(value)
-    except Exception:  # A broken `__repr__`, or an integer beyond the limit of conversion, must not hide the error.
+    except Exception:  # A broken `__repr__`, or an integer of too many digits, must not hide the error.
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
