@@ -34,15 +34,11 @@ class Adapter(nn.Module):
     """Whether the default start leaves the base's function unchanged."""
 
     additive: bool = False
+    """Whether the site may add the delta itself, past `forward`; the core sets it."""
 
     def __init__(self, layer: BaseLayer) -> None:
         super().__init__()
         self.layer = layer
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # Decided by the forward in force, not by ancestry: a subclass that overrides it is not additive.
-        cls.additive = getattr(cls, "accumulate", None) is not None and cls.forward is DeltaAdapter.forward
 
     def reset_parameters(self) -> None:
         """Give every parameter its starting value."""
@@ -110,6 +106,11 @@ class Adapter(nn.Module):
 
 class DeltaAdapter(Adapter):
     """y = base(x) + delta(x). Write `delta` and `weight_delta`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Decided by the forward in force, not by ancestry: a subclass that overrides it is not additive.
+        cls.additive = cls.forward is DeltaAdapter.forward
 
     def delta(self, x: Tensor) -> Tensor:
         """What the adapter adds to the layer's output for input `x`, in the output's shape and dtype."""
