@@ -27,11 +27,15 @@ class AdapterNotFoundError(PeftError, LookupError):
 
 
 class MethodError(PeftError):
-    """Something is wrong with a method plugin; the message names the plugin and its distribution."""
+    """Something is wrong with a plugin, method or extension; the message names it and its distribution."""
 
 
 class MethodNotFoundError(MethodError, LookupError):
     """No installed or registered plugin provides the method."""
+
+
+class MethodDisabledError(MethodError):
+    """The plugin is switched off by the environment, or is not on the caller's allow list."""
 
 
 class MethodClashError(MethodError):

@@ -1,0 +1,144 @@
+"""peft-core: the plugin framework for parameter-efficient fine-tuning.
+
+Names are imported on first use (PEP 562): importing this package imports nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .adapter import Adapter, DeltaAdapter, WeightAdapter
+    from .config import AdapterConfig, TargetedConfig
+    from .discovery import refresh
+    from .errors import (
+        AdapterNameError,
+        AdapterNotFoundError,
+        CheckpointError,
+        CheckpointMismatchError,
+        ConfigError,
+        MergeError,
+        MethodClashError,
+        MethodContractError,
+        MethodDisabledError,
+        MethodError,
+        MethodImportError,
+        MethodNotFoundError,
+        MethodVersionError,
+        PeftError,
+        RequestError,
+        TargetError,
+    )
+    from .hookspecs import hookimpl, hookspec
+    from .layers import BaseLayer, SiteRequest
+    from .methods import (
+        Method,
+        MethodInfo,
+        available_methods,
+        load_method,
+        register_method,
+        unregister_method,
+    )
+    from .model import PeftModel, get_peft_model
+    from .planning import Plan, plan
+
+    __version__: str
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "AdapterNameError",
+    "AdapterNotFoundError",
+    "BaseLayer",
+    "CheckpointError",
+    "CheckpointMismatchError",
+    "ConfigError",
+    "DeltaAdapter",
+    "MergeError",
+    "Method",
+    "MethodClashError",
+    "MethodContractError",
+    "MethodDisabledError",
+    "MethodError",
+    "MethodImportError",
+    "MethodInfo",
+    "MethodNotFoundError",
+    "MethodVersionError",
+    "PeftError",
+    "PeftModel",
+    "Plan",
+    "RequestError",
+    "SiteRequest",
+    "TargetError",
+    "TargetedConfig",
+    "WeightAdapter",
+    "__version__",
+    "available_methods",
+    "get_peft_model",
+    "hookimpl",
+    "hookspec",
+    "load_method",
+    "plan",
+    "refresh",
+    "register_method",
+    "unregister_method",
+]
+
+# The public names of each module. No name may be that of a submodule: importing that would hide the name.
+_NAMES = {
+    "adapter": ("Adapter", "DeltaAdapter", "WeightAdapter"),
+    "config": ("AdapterConfig", "TargetedConfig"),
+    "discovery": ("refresh",),
+    "errors": (
+        "AdapterNameError",
+        "AdapterNotFoundError",
+        "CheckpointError",
+        "CheckpointMismatchError",
+        "ConfigError",
+        "MergeError",
+        "MethodClashError",
+        "MethodContractError",
+        "MethodDisabledError",
+        "MethodError",
+        "MethodImportError",
+        "MethodNotFoundError",
+        "MethodVersionError",
+        "PeftError",
+        "RequestError",
+        "TargetError",
+    ),
+    "hookspecs": ("hookimpl", "hookspec"),
+    "layers": ("BaseLayer", "SiteRequest"),
+    "methods": (
+        "Method",
+        "MethodInfo",
+        "available_methods",
+        "load_method",
+        "register_method",
+        "unregister_method",
+    ),
+    "model": ("PeftModel", "get_peft_model"),
+    "planning": ("Plan", "plan"),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+# Hidden from type checkers, which see the imports above and so notice a misspelt name.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            from .discovery import core_version
+
+            # A bare source tree, not installed, has no version.
+            return core_version() or "0+unknown"
+        if name not in _HOME:
+            from .suggest import did_you_mean
+
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{did_you_mean(name, _HOME)}")
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

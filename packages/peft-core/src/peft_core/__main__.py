@@ -1,0 +1,91 @@
+"""`python -m peft_core`: what is installed, and whether it works."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from . import discovery
+from .errors import PeftError
+from .extensions import extensions
+from .methods import available_methods, load_method
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 if all is well, 1 if something checked is not."""
+    parser = argparse.ArgumentParser(prog="python -m peft_core", description="Method plugins of peft-core.")
+    commands = parser.add_subparsers(dest="command", title="commands")
+    commands.add_parser("methods", help="list the installed methods, without importing any")
+    check = commands.add_parser("check", help="load methods and check their hooks")
+    check.add_argument(
+        "names", nargs="*", metavar="NAME", help="methods to check; without any, all methods and extensions"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.command == "methods":
+        return list_methods()
+    if arguments.command == "check":
+        return check_plugins(arguments.names)
+    parser.print_help()
+    return 0
+
+
+def list_methods() -> int:
+    """Print the table of installed methods and extensions."""
+    rows = [("method", "distribution", "version", "status")]
+    for info in available_methods().values():
+        status = info.problem.splitlines()[0] if info.problem else "ok"
+        rows.append((info.name, info.distribution or "", info.version or "", status))
+    if len(rows) == 1:
+        print("No methods are installed.")
+    else:
+        _print_table(rows)
+    installed = discovery.entries(discovery.EXTENSIONS)
+    if installed:
+        print()
+        rows = [("extension", "distribution", "version", "status")]
+        for entry in installed:
+            status = "disabled" if discovery.is_disabled(entry) else "ok"
+            rows.append((entry.name, entry.source.distribution or "", entry.source.version or "", status))
+        _print_table(rows)
+    plugins = (*discovery.entries(discovery.METHODS), *installed)
+    idle = {
+        name for name in discovery.disabled_names() if not any(discovery.is_named(p, name) for p in plugins)
+    }
+    if idle:
+        print(f"\n{discovery.DISABLE_VARIABLE} names nothing installed: {', '.join(sorted(idle))}")
+    return 0
+
+
+def check_plugins(names: Sequence[str]) -> int:
+    """Load the named methods, or all methods and extensions, and print what is wrong with each."""
+    failed = 0
+    for name in names or available_methods():
+        failed += not _passes(f"method {name}", partial(load_method, name))
+    if not names:
+        for entry in discovery.entries(discovery.EXTENSIONS):
+            if not discovery.is_disabled(entry):
+                failed += not _passes(f"extension {entry.name}", partial(extensions.load_one, entry))
+    return 1 if failed else 0
+
+
+def _passes(what: str, load: Callable[[], object]) -> bool:
+    try:
+        load()
+    except PeftError as error:
+        print(f"{what}: {type(error).__name__}")
+        print("\n".join(f"    {line}" for line in str(error).splitlines()))
+        return False
+    print(f"{what}: ok")
+    return True
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

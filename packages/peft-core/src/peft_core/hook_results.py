@@ -1,0 +1,171 @@
+"""Calling hooks and checking what they return, where they return it.
+
+Core code asks plugins through `call` and `call_extensions` only. What comes back has the type that the hook's
+specification promises, or a `MethodContractError` names the plugin, the hook and what was returned instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .discovery import shown
+from .errors import MethodContractError, PeftError
+
+if TYPE_CHECKING:
+    from .methods import Method
+
+
+def call(method: Method, hook_name: str, **kwargs: Any) -> Any:
+    """Call a hook of one method, the wrappers of extensions included, and return the checked result.
+
+    `peft_sites` gives one flat list and `peft_prepare` gives None; every other hook gives its single result.
+    An exception of the plugin passes through as it is, with a note that names the plugin and the hook.
+
+    Raises:
+        MethodContractError: the result is not of the promised type.
+    """
+    from .extensions import extensions
+
+    extensions.wrap(method.manager)
+    try:
+        result = getattr(method.hook, hook_name)(**kwargs)
+    except PeftError:
+        raise
+    except Exception as error:
+        _note(error, f"Raised in {hook_name}, called for the {method.label}.")
+        raise
+    return check_result(hook_name, result, method.label, wrapped_by=extensions.wrapping(hook_name))
+
+
+def call_extensions(hook_name: str, **kwargs: Any) -> Any:
+    """Ask all installed extensions and return the checked result; a `firstresult` hook may give None.
+
+    Raises:
+        MethodContractError: an extension returned something that is not of the promised type.
+        MethodError: an installed extension cannot be loaded.
+    """
+    from .extensions import extensions
+
+    try:
+        result = getattr(extensions.hook, hook_name)(**kwargs)
+    except PeftError:
+        raise
+    except Exception as error:
+        _note(error, f"Raised in {hook_name}, asked of the extensions: {', '.join(extensions.names())}.")
+        raise
+    try:
+        return check_result(hook_name, result, "installed extensions")
+    except MethodContractError:
+        # These hooks only look, so they can be asked again, one extension at a time, to find the culprit.
+        for label, hook in extensions.one_by_one(hook_name):
+            check_result(hook_name, hook(**kwargs), label)
+        raise
+
+
+def _note(error: Exception, text: str) -> None:
+    if hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(text)
+
+
+def check_result(hook_name: str, result: Any, label: str, wrapped_by: str = "") -> Any:
+    """Return `result`, flattened where the specification says so, if it is what `hook_name` promises."""
+    promise, accept = CHECKS[hook_name]
+    if hook_name in ("peft_sites", "peft_prepare", "peft_architectures"):
+        wrong = [item for item in result if not accept(item)]
+    else:
+        wrong = [] if accept(result) else [result]
+    if wrong:
+        also = f" It is wrapped by {wrapped_by}." if wrapped_by else ""
+        raise MethodContractError(
+            f"The {label} returned {_described(wrong[0])} from {hook_name}.\n"
+            f"The hook returns {promise}.{also}"
+        )
+    if hook_name == "peft_sites":
+        return [request for requests in result for request in requests]
+    return None if hook_name == "peft_prepare" else result
+
+
+def _described(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__qualname__}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return f"{shown(value)} ({type(value).__name__})" if value is not None else "None"
+    if isinstance(value, list | tuple) and value:
+        return f"a {type(value).__name__} that starts with {_described(value[0])}"
+    if isinstance(value, dict) and value:
+        key, item = next(iter(value.items()))
+        return f"a dict that starts with {shown(key)}: {_described(item)}"
+    return f"a {type(value).__module__}.{type(value).__qualname__}"
+
+
+# The types are imported on use: this module is read before, and without, the torch half of the core.
+
+
+def _is_config(value: object) -> bool:
+    from .config import AdapterConfig
+
+    return isinstance(value, type) and issubclass(value, AdapterConfig) and value is not AdapterConfig
+
+
+def _is_sites(value: object) -> bool:
+    from .layers import SiteRequest
+
+    return isinstance(value, list | tuple) and all(isinstance(item, SiteRequest) for item in value)
+
+
+def _is_adapter(value: object) -> bool:
+    from .adapter import Adapter
+
+    return isinstance(value, Adapter)
+
+
+def _is_layer(value: object) -> bool:
+    from .layers import BaseLayer
+
+    return value is None or isinstance(value, BaseLayer)
+
+
+def _is_tensors(value: object) -> bool:
+    from torch import Tensor
+
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items()
+    )
+
+
+def _is_checkpoint(value: object) -> bool:
+    if value is None:
+        return True
+    return (
+        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], dict) and _is_tensors(value[1])
+    )
+
+
+def _is_roles(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(model_type, str)
+        and isinstance(roles, Mapping)
+        and all(
+            isinstance(role, str)
+            and isinstance(names, list | tuple)
+            and all(isinstance(name, str) for name in names)
+            for role, names in roles.items()
+        )
+        for model_type, roles in value.items()
+    )
+
+
+# What each hook promises, in words and as a test. The specifications and this table have the same keys.
+CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "peft_config": ("a subclass of peft_core.AdapterConfig (the class, not an instance)", _is_config),
+    "peft_match": ("True, False, or None (the core's own rule)", lambda v: v is None or isinstance(v, bool)),
+    "peft_sites": ("a list of peft_core.SiteRequest", _is_sites),
+    "peft_prepare": ("nothing; tensors go into `shared`", lambda v: v is None),
+    "peft_build": ("an instance of peft_core.Adapter", _is_adapter),
+    "peft_merge": ("a dict of tensors by parameter name", _is_tensors),
+    "peft_state_key": ("a non-empty string", lambda v: isinstance(v, str) and bool(v)),
+    "peft_layer": ("an instance of peft_core.BaseLayer, or None if the module is not its own", _is_layer),
+    "peft_architectures": ("a mapping {model_type: {role: [module names]}}", _is_roles),
+    "peft_checkpoint": ("a tuple (config dict, dict of tensors by key), or None", _is_checkpoint),
+}
