@@ -257,9 +257,7 @@ class TargetedConfig(AdapterConfig):
     layers_pattern: str | tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
 
-    @field_validator(
-        "target_modules", "exclude_modules", "layers_pattern", "modules_to_save", mode="before"
-    )
+    @field_validator("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", mode="before")
     @classmethod
     def _names(cls, value: Any, info: Any) -> Any:
         if value is None:
