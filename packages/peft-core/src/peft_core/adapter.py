@@ -137,7 +137,7 @@ class WeightAdapter(Adapter):
 
     def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
         # From the weights below, not from the layer's: adapters further in must not be lost.
-        return self.layer.call(self.effective(base.params()), *args, **kwargs)
+        return base.layer.call(self.effective(base.params()), *args, **kwargs)
 
 
 def as_compute(tensor: Tensor, like: Tensor) -> Tensor:

@@ -37,8 +37,13 @@ class MethodSpecs:
         """Say whether `module` at `path` gets an adapter; None leaves it to `target_modules`."""
 
     @hookspec
-    def peft_sites(self, config: AdapterConfig, model: nn.Module) -> Sequence[SiteRequest]:  # type: ignore[empty-body]
-        """Return sites beyond the matched modules: single parameters, embedding rows, tied twins, blocks."""
+    def peft_sites(  # type: ignore[empty-body]
+        self, config: AdapterConfig, model: nn.Module, matched: Sequence[str]
+    ) -> Sequence[SiteRequest]:
+        """Return sites beyond the matched modules: single parameters, embedding rows, tied twins, blocks.
+
+        `matched` are the paths of the modules that `target_modules` or `peft_match` selected.
+        """
 
     @hookspec
     def peft_prepare(
@@ -48,8 +53,12 @@ class MethodSpecs:
         config: AdapterConfig,
         layers: Sequence[BaseLayer],
         shared: nn.Module,
+        trusted: bool,
     ) -> None:
         """See all sites before any adapter is built: shared tensors, budgets, refusals across adapters.
+
+        `trusted` says that the config was written by the user: from a file, what it names in vain is no error,
+        and its patterns are matched within limits.
 
         `shared` is the adapter's own module for tensors that several sites use; it is moved with the model
         and saved once. Raise a `PeftError` to refuse.
