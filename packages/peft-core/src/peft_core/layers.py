@@ -77,9 +77,9 @@ class BaseLayer:
             stored = self._to_storage(name, value).detach().to(old.dtype).contiguous()
             owner._parameters[attribute] = nn.Parameter(stored, requires_grad=old.requires_grad)
 
-    def snapshot(self) -> dict[str, nn.Parameter]:
+    def snapshot(self, names: tuple[str, ...] | None = None) -> dict[str, nn.Parameter]:
         """The parameter objects themselves, so that `restore` is exact and ties between modules come back."""
-        return {name: self._stored(name) for name in self.names}
+        return {name: self._stored(name) for name in (self.names if names is None else names)}
 
     def restore(self, snapshot: Mapping[str, nn.Parameter]) -> None:
         """Put the parameters of a snapshot back."""
@@ -278,7 +278,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def layer_of(module: nn.Module, request: SiteRequest) -> BaseLayer:
     """The view of a module that no extension claims."""
     path = request.path
-    if request.names and not (request.names == ("weight",) and isinstance(module, nn.Embedding)):
+    if not {"weight", "bias"}.issuperset(request.names):
         return BaseLayer(module, path, request)
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return LinearLayer(module, path, request)

@@ -108,12 +108,18 @@ class Routing:
         finally:
             self.default = before
 
-    def remembering(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap an activation-checkpoint function so that the recompute runs under the forward's request."""
-        return _Remembering(self, checkpoint)
-
     def __getstate__(self) -> dict[str, Any]:
         return {"default": self.default, "merged": self.merged, "_requests": {}, "_last": None}
+
+
+def remembering(routing: Routing, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an activation-checkpoint function so that the recompute runs under the forward's request."""
+    return _Remembering(routing, checkpoint)
+
+
+def remembers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that `remembering` wrapped, or the function itself."""
+    return function.checkpoint if isinstance(function, _Remembering) else function
 
 
 class _Remembering:

@@ -157,7 +157,9 @@ class Site(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("_modules", {}).get("base_layer")
-        if base is not None and name in base._parameters or base is not None and name in base._buffers:
+        if base is None or name in self.__dict__ or name in self._modules or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        elif hasattr(base, name):
             setattr(base, name, value)  # e.g. a model that ties its weights again
         else:
             super().__setattr__(name, value)

@@ -1,0 +1,83 @@
+"""Putting a built adapter into the model, and taking it out: pointer swaps that are undone on any failure."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .errors import TargetError
+from .layers import BaseLayer, SiteRequest
+from .planning import Draft, view
+from .records import PeftState
+from .site import Site
+from .transaction import Undo
+from .tree import SHARED, Tree, walk
+
+
+def attach(model: nn.Module, state: PeftState, draft: Draft, undo: Undo) -> None:
+    """Put a draft's adapters at their sites and record them; `undo` learns how to take it back."""
+    record = draft.record
+    for layer, adapter in zip(draft.layers, record.adapters, strict=True):
+        path = layer.request.path
+        site = state.sites.get(path)
+        if site is None:
+            site = Site(view(draft.tree, SiteRequest(path)), state.routing)
+            _place(draft.tree, layer, site, undo)
+            state.sites[path] = site
+        undo.keep(site._chains)
+        undo.keep(site.adapters._modules)
+        site.attach(record.name, layer.request.part, adapter)
+    undo.keep(model._modules)
+    if any(True for _ in (*record.shared.parameters(), *record.shared.buffers())):
+        container = model._modules.get(SHARED)
+        if container is None:
+            container = model._modules[SHARED] = nn.Module()
+        undo.keep(container._modules)
+        container._modules[record.name] = record.shared
+    state.adapters[record.name] = record
+
+
+def detach(model: nn.Module, state: PeftState, name: str, undo: Undo) -> None:
+    """Take one adapter out; modules that no adapter sits at any more come back to their places."""
+    record = state.record(name)
+    tree = walk(model)
+    for request in record.requests:
+        site = state.sites.get(request.path)
+        if site is None:
+            continue
+        undo.keep(site._chains)
+        undo.keep(site.adapters._modules)
+        site.detach(name)
+        if not site.names():
+            _replace(tree, site.base_layer, site.base_layer, undo)
+            del state.sites[request.path]
+    undo.keep(model._modules)
+    container = model._modules.get(SHARED)
+    if container is not None:
+        undo.keep(container._modules)
+        container._modules.pop(name, None)
+        if not container._modules:
+            del model._modules[SHARED]
+    del state.adapters[name]
+
+
+def _place(tree: Tree, layer: BaseLayer, site: Site, undo: Undo) -> None:
+    module = layer.module
+    if not tree.places.get(id(module)):
+        raise TargetError(
+            f"{layer.path or 'the model itself'}: adapters sit at modules inside the model, and this one has no parent"
+        )
+    _replace(tree, module, site, undo)
+    if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in tree.ancestors(module)):
+        # Its fused kernel for inference reads weights past the modules; it stands back where hooks are present.
+        site.register_forward_pre_hook(stand_in_the_way)
+
+
+def stand_in_the_way(module: nn.Module, args: object) -> None:
+    """A hook that does nothing but be there."""
+
+
+def _replace(tree: Tree, module: nn.Module, by: nn.Module, undo: Undo) -> None:
+    for parent, attribute in tree.places[id(module)]:
+        old = parent._modules[attribute]
+        undo.add(lambda parent=parent, attribute=attribute, old=old: parent._modules.update({attribute: old}))  # type: ignore[misc]
+        parent._modules[attribute] = by

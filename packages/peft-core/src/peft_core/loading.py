@@ -1,0 +1,180 @@
+"""From an adapter's files to an adapter on a model: matched whole, then installed, or nothing changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .checkpoint import AdapterFile, LoadReport
+from .config import AdapterConfig
+from .errors import AdapterNameError, CheckpointMismatchError
+from .layers import SiteRequest
+from .methods import Method, load_method
+from .planning import META, Draft, build, draft
+from .records import AdapterRecord, PeftState
+from .transaction import Undo
+from .tree import base_parameters
+
+
+def load_into(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str,
+    *,
+    install: Callable[..., None],
+    activate: bool,
+    is_trainable: bool = False,
+    replace: bool = False,
+    strict: bool = True,
+    config: AdapterConfig | None = None,
+    autocast_adapter_dtype: bool = True,
+    subfolder: str | None = None,
+    revision: str | None = None,
+) -> LoadReport:
+    """Read, match, build and install one adapter; see `PeftModel.load_adapter`."""
+    state: PeftState | None = getattr(model, "_peft", None)
+    present = state.adapters.get(name) if state else None
+    if present is not None and not replace:
+        raise AdapterNameError(
+            f"adapter {name!r} is on the model already; choose another name, or pass replace=True to take its place"
+        )
+    file = checkpoint.read(path, subfolder=subfolder, revision=revision)
+    method = load_method(file.method, wrote_by=file.wrote_by)
+    if config is None:
+        resolved = method.config_class.from_dict(file.config, source=str(file.source))
+        resolved = resolved.resolve(inference_mode=not is_trainable)
+    else:
+        resolved = config
+    if present is not None and present.method is method:
+        expected = checkpoint.collect(present)
+        if {k: (tuple(v.shape)) for k, v in expected.items()} == {k: s for k, (s, _) in file.shapes.items()}:
+            _refill(model, present, file)
+            assert state is not None
+            return LoadReport()
+    found, report = _build(model, name, resolved, method, file, strict, autocast_adapter_dtype, config is not None)
+    instead = name if present is not None else None
+    install(model, found, trainable=is_trainable, activate=activate and present is None, instead=instead)
+    return report
+
+
+def _build(
+    model: nn.Module,
+    name: str,
+    config: AdapterConfig,
+    method: Method,
+    file: AdapterFile,
+    strict: bool,
+    float32: bool,
+    trusted: bool,
+) -> tuple[Draft, LoadReport]:
+    tensors = _by_module(file.shapes)
+
+    def tensors_for(request: SiteRequest) -> Mapping[str, Tensor]:
+        start = request.key_prefix
+        found = tensors.get(request.path, {})
+        return {key[len(start) :]: value for key, value in found.items() if key.startswith(start)}
+
+    found = draft(
+        model, name, config, method=method, device=META, float32=float32, trusted=trusted, tensors=tensors_for
+    )
+    found.check()
+    keys, report = checkpoint.match(file, checkpoint.collect(found.record), strict=strict)
+    _check_base(model, file, report)
+    if report.missing:  # only where strict is off: what the file lacks gets its starting value
+        found = draft(model, name, config, method=method, float32=float32, trusted=trusted)
+        found.check()
+    loaded = file.load(list(keys.values()), _device(model))
+    values = {key: loaded[theirs] for key, theirs in keys.items()}
+    _fill(model, found, values, tensors_for)
+    return found, report
+
+
+def _fill(
+    model: nn.Module, found: Draft, values: Mapping[str, Tensor], tensors_for: Callable[[SiteRequest], Any]
+) -> None:
+    record = found.record
+    for index, (layer, adapter, keys) in enumerate(
+        zip(found.layers, record.adapters, checkpoint.keys_by_adapter(record), strict=True)
+    ):
+        state = {slot: values[key] for slot, key in keys.items() if key in values}
+        if len(state) < len(keys):
+            state = {**adapter.state(), **state}
+        if not layer.device.type == "meta" and any(t.is_meta for t in _unsaved(adapter)):
+            # Tensors that no file holds (index tables and the like) have to be made where the layer is.
+            adapter = build(record, layer, model, tensors_for(layer.request), initialise=False)
+            record.adapters[index] = adapter
+        adapter.load_state(state)
+    for slot, key in checkpoint.shared_keys(record).items():
+        if key in values:
+            owner_path, _, attribute = slot.rpartition(".")
+            owner = record.shared.get_submodule(owner_path)
+            old: Tensor = getattr(owner, attribute)
+            value = values[key].to(dtype=old.dtype, device=values[key].device if old.is_meta else old.device)
+            if attribute in owner._parameters:
+                owner._parameters[attribute] = nn.Parameter(value, requires_grad=old.requires_grad)
+            else:
+                owner._buffers[attribute] = value
+    record.note_learned()
+
+
+def _unsaved(module: nn.Module) -> list[Tensor]:
+    return [
+        b
+        for m in module.modules()
+        for n, b in m._buffers.items()
+        if b is not None and n in m._non_persistent_buffers_set
+    ]
+
+
+def _refill(model: nn.Module, record: AdapterRecord, file: AdapterFile) -> None:
+    """New values into the tensors that are there, by pointer: all of them or none."""
+    values = file.load(list(file.shapes), _device(model))
+    expected = checkpoint.collect(record)
+    targets = {key: tensor for key, tensor in checkpoint.live_tensors(record).items() if key in expected}
+    with Undo() as undo, torch.no_grad():
+        for key, tensor in targets.items():
+            undo.add(lambda tensor=tensor, old=tensor.data: setattr(tensor, "data", old))  # type: ignore[misc]
+            tensor.data = values[key].to(device=tensor.device, dtype=tensor.dtype)
+
+
+def _by_module(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, dict[str, Tensor]]:
+    """The file's tensors (shapes only) by every module path they may belong to."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, (shape, _) in shapes.items():
+        parts = key.removeprefix(checkpoint.PREFIX).split(".")
+        empty = torch.empty(shape, device=META)
+        for cut in range(len(parts)):
+            found.setdefault(".".join(parts[:cut]), {})[".".join(parts[cut:])] = empty
+    return found
+
+
+def _check_base(model: nn.Module, file: AdapterFile, report: LoadReport) -> None:
+    """Base weights that a file carries along must be the ones the model has: a load touches one adapter only."""
+    if not report.base_weights:
+        return
+    base = dict(base_parameters(model))
+    loaded = file.load(list(report.base_weights.values()), torch.device("cpu"))
+    different = []
+    for path, key in report.base_weights.items():
+        mine = base.get(path)
+        if mine is None or mine.shape != loaded[key].shape or not (
+            mine.is_meta or torch.equal(mine.detach().cpu().float(), loaded[key].to(mine.dtype).float())
+        ):
+            different.append(f"{key} (file {tuple(loaded[key].shape)}, model {tuple(mine.shape) if mine is not None else 'has none'})")
+    if different:
+        raise CheckpointMismatchError(
+            f"{file.source}: the file carries base weights that differ from this model's: {', '.join(different)}. "
+            "Loading an adapter never writes the base: load the base it was trained on (resize its embeddings first if "
+            "they were), or copy these tensors into the model yourself"
+        )
+
+
+def _device(model: nn.Module) -> torch.device:
+    for _, parameter in base_parameters(model):
+        return parameter.device
+    return torch.device("cpu")

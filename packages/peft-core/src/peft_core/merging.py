@@ -1,0 +1,105 @@
+"""Folding adapters into the base weights, and taking them out again bit for bit.
+
+Sums are made in float32 (or wider, as the base is) and rounded once. The original parameters are kept as they
+are, so that unmerging is putting them back; a tie between two modules is opened by merging into one of them and
+closed again by unmerging.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import hook_results
+from .errors import MergeError
+from .planning import HALF
+from .records import PeftState
+from .site import Site
+from .transaction import Undo
+
+
+@torch.no_grad()
+def merge(
+    state: PeftState, names: tuple[str, ...], undo: Undo, *, progressbar: bool = False
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Fold the adapters into their layers' weights, in order; returns the original parameters by site path.
+
+    Raises `MergeError`, with every weight as it was, where a method has no merged form, where a result is not
+    finite, or where a layer has no place for it (a bias it lacks).
+    """
+    snapshots: dict[str, dict[str, nn.Parameter]] = {}
+    ties: dict[int, list[tuple[Site, str, nn.Parameter]]] = {}
+    for path, site in _progress(state.sites, progressbar):
+        if not site.chain(names):
+            continue
+        layer = site._layer
+        merged = _merged(state, site, path, names)
+        if not merged:
+            continue
+        before = layer.snapshot(tuple(merged))
+        undo.add(lambda layer=layer, before=before: layer.restore(before))  # type: ignore[misc]
+        layer.write(merged)
+        snapshots[path] = before
+        for name in merged:
+            ties.setdefault(id(before[name]), []).append((site, name, before[name]))
+    for members in ties.values():
+        _tie_again(members)
+    return snapshots
+
+
+def unmerge(state: PeftState, undo: Undo) -> None:
+    """Put the original parameters back."""
+    for path, snapshot in state.snapshots.items():
+        layer = state.sites[path]._layer
+        merged = layer.snapshot(tuple(snapshot))
+        undo.add(lambda layer=layer, merged=merged: layer.restore(merged))  # type: ignore[misc]
+        layer.restore(snapshot)
+
+
+def _merged(state: PeftState, site: Site, path: str, names: tuple[str, ...]) -> dict[str, Tensor]:
+    layer = site._layer
+    params = {n: p.float() if p.dtype in HALF else p for n, p in layer.params().items()}
+    before = dict(params)
+    for name in names:
+        record = state.adapters[name]
+        for adapter in site.chain((name,)):
+            params = hook_results.call(
+                record.method, "peft_merge", config=record.config, adapter=adapter, params=dict(params)
+            )
+    unknown = params.keys() - before.keys()
+    if unknown:
+        raise MergeError(
+            f"{path}: merging gives {sorted(unknown)}, which {type(layer.module).__name__} does not have; keep the "
+            "adapter attached, or give the layer such a parameter first"
+        )
+    changed = {n: p for n, p in params.items() if p is not before[n]}
+    for name, value in changed.items():
+        if value.shape != before[name].shape:
+            raise MergeError(
+                f"{path}.{name}: merging gives shape {tuple(value.shape)}, the layer has {tuple(before[name].shape)}"
+            )
+        if not torch.isfinite(value.to(layer.module.get_parameter(name).dtype)).all():
+            raise MergeError(
+                f"{path}.{name}: the merged weight is not finite in {layer.module.get_parameter(name).dtype}; look for "
+                "NaN or infinite values in the adapter, or merge into a base of a wider dtype"
+            )
+    return changed
+
+
+def _tie_again(members: list[tuple[Site, str, nn.Parameter]]) -> None:
+    """Modules that shared a parameter and come out equal go on sharing one."""
+    if len(members) < 2:
+        return
+    values = [site.base_layer.get_parameter(name) for site, name, _ in members]
+    if all(v.shape == values[0].shape and torch.equal(v, values[0]) for v in values[1:]):
+        for site, name, _ in members[1:]:
+            site._layer.restore({name: values[0]})
+
+
+def _progress(sites: dict[str, Site], progressbar: bool) -> list[tuple[str, Site]]:
+    items = list(sites.items())
+    if progressbar:
+        from tqdm.auto import tqdm
+
+        return tqdm(items, desc="Merging", unit="layer")  # type: ignore[no-any-return]
+    return items

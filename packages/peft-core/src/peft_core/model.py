@@ -1,0 +1,484 @@
+"""`get_peft_model`, and what it returns: the user's own model object with adapters at its sites.
+
+The object's class is exchanged for a subclass of its own class that adds the methods below (see `subclass.py`), so
+`isinstance`, the signature of `forward`, `generate`, pipelines, `Trainer`, export and compile see the model they
+know.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, status
+from .config import AdapterConfig
+from .errors import AdapterNameError, MergeError, PeftError
+from .inject import attach, detach
+from .loading import LoadReport, load_into
+from .merging import merge, unmerge
+from .planning import Draft, draft
+from .records import AdapterRecord, PeftState
+from .routing import BASE
+from .subclass import adapted_class, base_class, remember_checkpoints
+from .transaction import Undo
+from .tree import base_parameters, walk
+
+NO_STATE = "this model has no adapters; make one with get_peft_model(model, config)"
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: AdapterConfig,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+) -> Any:
+    """Adapt `model` in place and return it, its base frozen and the new adapter active and trainable.
+
+    Args:
+        peft_config: the method's config; it is not changed (`model.peft_config[name]` holds the resolved copy).
+        autocast_adapter_dtype: keep the adapters of half-precision layers in float32. They compute in the layer's
+            dtype either way.
+        revision: noted in the config that is saved.
+
+    Raises:
+        TargetError: the config does not fit the model; all problems are listed, and nothing was changed.
+        AdapterNameError: the name is malformed or in use.
+        MethodError: the method's plugin cannot be loaded.
+    """
+    if not isinstance(model, nn.Module):
+        raise PeftError(f"get_peft_model adapts a torch.nn.Module, not a {type(model).__name__}")
+    if not isinstance(peft_config, AdapterConfig):
+        raise PeftError(
+            f"get_peft_model needs a config of this library, such as load_method(name)(...), not a "
+            f"{type(peft_config).__module__}.{type(peft_config).__qualname__}; change the import line of the config"
+        )
+    found = _draft(model, adapter_name, peft_config, autocast_adapter_dtype, revision)
+    _install(model, found, trainable=not peft_config.inference_mode, activate=True)
+    return model
+
+
+class PeftModel:
+    """The methods a model gains. `PeftModel.from_pretrained(model, directory)` loads a saved adapter."""
+
+    _peft: PeftState
+    _hf_peft_config_loaded = True
+
+    # -- calling -------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's forward. `adapter_names` chooses an adapter for each row of the batch.
+
+        Raises `RequestError` where the names do not fit the batch or a method cannot be chosen per row.
+        """
+        forward = super().__call__  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        routing = self._peft.routing
+        request = routing.request(_rows(self._peft, adapter_names))
+        if request != routing.default and getattr(self, "_compiled_call_impl", None) is not None:
+            forward = self._call_impl  # type: ignore[attr-defined]  # the compiled graph is the standing choice's
+        with routing.use(request):
+            return forward(*args, **kwargs)
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """Resolved configs by adapter name."""
+        return {name: record.config for name, record in self._peft.adapters.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, innermost first (whether or not they are switched off for now)."""
+        return list(self._peft.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the list where there are several."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    @property
+    def active_peft_config(self) -> AdapterConfig:
+        """Config of the (first) active adapter."""
+        return self._peft.record(self._peft.active[0] if self._peft.active else "").config
+
+    def add_adapter(
+        self, adapter_name: str, peft_config: AdapterConfig, *, autocast_adapter_dtype: bool = True
+    ) -> None:
+        """Add one more adapter, of any method, trainable once it is active. It is not activated.
+
+        Raises as `get_peft_model`.
+        """
+        found = _draft(_module(self), adapter_name, peft_config, autocast_adapter_dtype, None)
+        _install(_module(self), found, trainable=not peft_config.inference_mode, activate=False)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters active, the last one outermost; several act together.
+
+        An adapter's tensors require gradients while it is active and trainable; `inference_mode` activates
+        without gradients.
+        """
+        state = self._peft
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        records = [state.record(name) for name in names]
+        if len(set(names)) != len(names):
+            raise AdapterNameError(f"set_adapter: a name is given twice in {list(names)}")
+        _unmerged(state, "set_adapter")
+        with Undo() as undo:
+            undo.keep_state(state)
+            _activate(state, records, undo, inference_mode=inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Say whether adapters are trainable; takes effect on the active ones at once, on others when active."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        with Undo() as undo:
+            for record in [self._peft.record(name) for name in names]:
+                undo.keep_flags(record)
+                record.trainable = requires_grad
+                record.require_grad(requires_grad and record.name in self._peft.active)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and free its tensors."""
+        state = self._peft
+        state.record(adapter_name)
+        _unmerged(state, "delete_adapter")
+        with Undo() as undo:
+            undo.keep_state(state)
+            detach(_module(self), state, adapter_name, undo)
+            state.active = tuple(name for name in state.active if name != adapter_name)
+            state.publish()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the base model alone; nested use and exceptions leave the state as it was."""
+        state = self._peft
+        before = state.enabled
+        state.enabled = False
+        state.publish()
+        try:
+            yield
+        finally:
+            state.enabled = before
+            state.publish()
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off until `enable_adapter_layers`."""
+        self._peft.enabled = False
+        self._peft.publish()
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the active adapters on again."""
+        self._peft.enabled = True
+        self._peft.publish()
+
+    disable_adapters = disable_adapter_layers
+    enable_adapters = enable_adapter_layers
+
+    # -- merging and leaving -------------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, *, progressbar: bool = False
+    ) -> None:
+        """Fold adapters (default: the active ones) into the base weights; `unmerge_adapter` is exact.
+
+        Non-finite results are always refused, so `safe_merge` may stay as it is. Raises `MergeError`, with every
+        weight as it was.
+        """
+        state = self._peft
+        _unmerged(state, "merge_adapter")
+        names = _names_to_merge(state, adapter_names)
+        with Undo() as undo:
+            undo.keep_state(state)
+            state.snapshots = merge(state, names, undo, progressbar=progressbar)
+            _activate(state, [state.adapters[name] for name in names], undo)
+            state.routing.merged = names
+
+    def unmerge_adapter(self) -> None:
+        """Put the base weights back bit for bit."""
+        state = self._peft
+        if not state.routing.merged:
+            raise MergeError("unmerge_adapter: no adapter is merged")
+        with Undo() as undo:
+            undo.keep_state(state)
+            unmerge(state, undo)
+            state.snapshots = {}
+            state.routing.merged = ()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+    ) -> Any:
+        """Fold adapters into the base weights and return the plain base model (this object, its class restored)."""
+        state, model = self._peft, _module(self)
+        with Undo() as undo:
+            undo.keep_state(state)
+            if not state.routing.merged:
+                merge(state, _names_to_merge(state, adapter_names), undo, progressbar=progressbar)
+            elif adapter_names is not None and tuple(adapter_names) != state.routing.merged:
+                _unmerged(state, "merge_and_unload")
+            _leave(model, state, undo)
+        _note_ties(model)
+        return model
+
+    def unload(self) -> Any:
+        """Remove all adapters and return the base model as it came, trainability included."""
+        state, model = self._peft, _module(self)
+        with Undo() as undo:
+            undo.keep_state(state)
+            unmerge(state, undo)
+            _leave(model, state, undo)
+        return model
+
+    def get_base_model(self) -> Any:
+        """The model itself: adapters sit inside it, nothing is wrapped around it."""
+        return self
+
+    def base_state_dict(self) -> dict[str, Tensor]:
+        """The base's weights and persistent buffers under their original names, whatever adapters there are."""
+        found: dict[str, Tensor] = {}
+        for path, module in walk(_module(self)).modules:
+            dot = f"{path}." if path else ""
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    found[dot + name] = parameter.detach()
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    found[dot + name] = buffer
+        return found
+
+    # -- reports -------------------------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters."""
+        return status.count_parameters(_module(self))
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of trainable and of all parameters, and the share."""
+        print(status.trainable_line(_module(self)))
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """The state of each adapted module."""
+        return status.layer_status(self._peft, self._peft.active, self._peft.enabled)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """The state of the whole model."""
+        model = _module(self)
+        return status.model_status(model, base_class(type(model)), self._peft, self._peft.active, self._peft.enabled)
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters, and nothing of the base: `default` into the directory, others into folders of their name.
+
+        Other keyword arguments (those of transformers' `save_pretrained`) are accepted for its callers.
+
+        Raises `CheckpointError` where the files cannot be written; the directory then holds what it held before.
+        """
+        state = self._peft
+        records = [state.record(name) for name in (state.adapters if selected_adapters is None else selected_adapters)]
+        if not is_main_process:
+            return
+        base_name = getattr(self, "name_or_path", None) or None
+        for record in records:
+            folder = Path(save_directory) if record.name == "default" else Path(save_directory) / record.name
+            checkpoint.save(folder, record, base_model_name_or_path=base_name)
+
+    @classmethod
+    def from_pretrained(cls, model: Any, model_id: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
+        """Load a saved adapter onto `model`, in place, and activate it; the model's train/eval mode stays.
+
+        Keyword arguments are those of `load_adapter`. Raises as `load_adapter`.
+        """
+        if not isinstance(model, nn.Module) or model_id is None:
+            parent = super(PeftModel, cls)
+            if cls is not PeftModel and hasattr(parent, "from_pretrained"):
+                extra = {} if adapter_name == "default" else {"adapter_name": adapter_name}
+                args = (model,) if model_id is None else (model, model_id)
+                return parent.from_pretrained(*args, **extra, **kwargs)
+            raise PeftError("PeftModel.from_pretrained takes the base model, then the adapter's directory")
+        _load(model, model_id, adapter_name, activate=True, **kwargs)
+        return model
+
+    def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str = "default", **kwargs: Any) -> LoadReport:
+        """Load a saved adapter beside those present; it is not activated.
+
+        Keyword arguments: `is_trainable=False`; `replace=False` (take the place of an adapter of that name; tensors
+        keep their identity where nothing but values changes, so optimizers go on); `strict=True` (False: load what
+        fits and report the rest); `config=None` (use this config, not the file's); `subfolder`, `revision`,
+        `autocast_adapter_dtype=True`.
+
+        Raises `CheckpointError` or `CheckpointMismatchError` (missing, unknown, mis-shaped or non-finite tensors, by
+        name), `ConfigError`, `TargetError`, `MethodError`; the model is then as it was.
+        """
+        return _load(_module(self), model_id, adapter_name, activate=False, **kwargs)
+
+    def get_adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
+        """One adapter's tensors under the keys of its file."""
+        return checkpoint.collect(self._peft.record(adapter_name))
+
+    # -- python --------------------------------------------------------------------------------------------------
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        from .subclass import rebuild
+
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return (rebuild, (base_class(type(self)),), *rest)
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
+        remember_checkpoints(_module(self), self._peft.routing)
+
+
+def _generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    """The model's `generate`. `adapter_names` chooses an adapter for each row of the batch."""
+    routing = self._peft.routing
+    with routing.use(routing.request(_rows(self._peft, adapter_names))):
+        return super(PeftModel, self).generate(*args, **kwargs)
+
+
+def _module(model: Any) -> nn.Module:
+    return cast(nn.Module, model)
+
+
+def _rows(state: PeftState, names: Sequence[str] | None) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    rows = (names,) if isinstance(names, str) else tuple(names)
+    for name in dict.fromkeys(rows):
+        if name != BASE:
+            state.record(name)
+    return rows
+
+
+def _draft(model: nn.Module, name: str, config: AdapterConfig, float32: bool, revision: str | None) -> Draft:
+    checkpoint.check_name(name)
+    if isinstance(model, PeftModel) and name in model._peft.adapters:
+        raise AdapterNameError(
+            f"adapter {name!r} is on the model already; choose another name, or delete_adapter({name!r}) first"
+        )
+    if isinstance(model, PeftModel):
+        _unmerged(model._peft, "adding an adapter")
+    base = getattr(model, "name_or_path", None) or None
+    known = {"base_model_name_or_path": config.base_model_name_or_path or base, "revision": revision or config.revision}
+    found = draft(model, name, config.resolve(**known), float32=float32)
+    found.check()
+    return found
+
+
+def _install(model: nn.Module, found: Draft, *, trainable: bool, activate: bool, instead: str | None = None) -> None:
+    """Attach a checked draft, in place of the adapter `instead`; on a bare model, freeze it and exchange its class."""
+    fresh = not isinstance(model, PeftModel)
+    state = PeftState() if fresh else cast(PeftModel, model)._peft
+    record = found.record
+    record.trainable = trainable
+    with Undo() as undo:
+        undo.keep_state(state)
+        if fresh:
+            _enter(model, state, undo)
+        if instead is not None:
+            detach(model, state, instead, undo)
+        attach(model, state, found, undo)
+        record.require_grad(trainable and record.name in state.active)
+        if activate:
+            _activate(state, [record], undo)
+
+
+def _activate(state: PeftState, records: list[AdapterRecord], undo: Undo, *, inference_mode: bool = False) -> None:
+    for name in state.active:
+        if name not in {record.name for record in records}:
+            undo.keep_flags(state.adapters[name])
+            state.adapters[name].require_grad(False)
+    for record in records:
+        undo.keep_flags(record)
+        record.require_grad(record.trainable and not inference_mode)
+    state.active = tuple(record.name for record in records)
+    state.publish()
+
+
+def _enter(model: nn.Module, state: PeftState, undo: Undo) -> None:
+    """Freeze the base and make the model a `PeftModel`."""
+    thawed = [(name, parameter) for name, parameter in base_parameters(model) if parameter.requires_grad]
+    state.thawed = frozenset(name for name, _ in thawed)
+    cls = type(model)
+    undo.keep(model.__dict__)
+    undo.add(lambda: setattr(model, "__class__", cls))
+    undo.add(lambda: [parameter.requires_grad_(True) for _, parameter in thawed])
+    undo.add(lambda: remember_checkpoints(model, None))
+    for _, parameter in thawed:
+        parameter.requires_grad_(False)
+    model.__dict__["_peft"] = state
+    model.__class__ = adapted_class(cls, PeftModel, _generate)
+    remember_checkpoints(model, state.routing)
+
+
+def _leave(model: nn.Module, state: PeftState, undo: Undo) -> None:
+    """Take every adapter out and make the model what it was."""
+    cls = type(model)
+    undo.keep(model.__dict__)
+    undo.add(lambda: setattr(model, "__class__", cls))
+    undo.add(lambda: remember_checkpoints(model, state.routing))
+    for name in list(state.adapters):
+        detach(model, state, name, undo)
+    remember_checkpoints(model, None)
+    thawed = [p for name, p in base_parameters(model) if name in state.thawed]
+    undo.add(lambda: [parameter.requires_grad_(False) for parameter in thawed])
+    for parameter in thawed:
+        parameter.requires_grad_(True)
+    model.__class__ = base_class(cls)
+    del model.__dict__["_peft"]
+
+
+def _load(model: nn.Module, path: Any, name: str, *, activate: bool, **kwargs: Any) -> LoadReport:
+    checkpoint.check_name(name)
+    if isinstance(model, PeftModel):
+        _unmerged(model._peft, "loading an adapter")
+    return load_into(model, path, name, activate=activate, install=_install, **kwargs)
+
+
+def _names_to_merge(state: PeftState, names: Sequence[str] | None) -> tuple[str, ...]:
+    chosen = state.active if names is None else (names,) if isinstance(names, str) else tuple(names)
+    for name in chosen:
+        state.record(name)
+    if not chosen:
+        raise MergeError("no adapter is active, so there is nothing to merge")
+    return chosen
+
+
+def _unmerged(state: PeftState, action: str) -> None:
+    if state.routing.merged:
+        raise MergeError(
+            f"{action}: adapters {list(state.routing.merged)} are merged into the base weights; call unmerge_adapter() "
+            "first"
+        )
+
+
+def _note_ties(model: nn.Module) -> None:
+    """Merging into one of two tied tables opens the tie; the model's config must then say so."""
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+        return
+    output, inputs = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    if output is not None and inputs is not None and output.weight is not inputs.weight:
+        config.tie_word_embeddings = False
+
+
+def get_peft_model_state_dict(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:
+    """One adapter's tensors under the keys of its file."""
+    if not isinstance(model, PeftModel):
+        raise PeftError(NO_STATE)
+    return model.get_adapter_state_dict(adapter_name)

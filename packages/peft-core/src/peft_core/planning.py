@@ -1,0 +1,317 @@
+"""From a model and a config to everything that would happen, before anything happens.
+
+`draft` selects the sites, makes their views and builds the adapters off the tree; it collects every problem
+instead of stopping at the first, and leaves the model untouched. `plan` shows a draft made on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import hook_results
+from .adapter import Adapter
+from .config import AdapterConfig, TargetedConfig
+from .errors import PeftError, TargetError
+from .layers import BaseLayer, SiteRequest, layer_of
+from .methods import Method, load_method
+from .records import AdapterRecord
+from .saved_modules import SavedModule, saved_module_requests
+from .targets import Selection, select
+from .tree import Tree, base_parameters, walk
+
+TensorsFor = Callable[[SiteRequest], Mapping[str, Tensor] | None]
+
+HALF = (torch.float16, torch.bfloat16)
+META = torch.device("meta")
+
+
+@dataclass
+class Draft:
+    """An adapter built off the tree, or the problems that keep it from being built."""
+
+    record: AdapterRecord
+    layers: list[BaseLayer]
+    tree: Tree
+    problems: list[str]
+
+    def check(self) -> None:
+        """Raise `TargetError` with all problems at once, if there are any."""
+        if self.problems:
+            raise TargetError(
+                f"cannot adapt the model with {type(self.record.config).__name__}; nothing was changed:\n"
+                + "\n".join(f"- {problem}" for problem in self.problems)
+            )
+
+
+def method_of(config: AdapterConfig) -> Method:
+    """The method a config belongs to."""
+    return load_method(config.peft_type)
+
+
+def draft(
+    model: nn.Module,
+    name: str,
+    config: AdapterConfig,
+    *,
+    method: Method | None = None,
+    device: torch.device | None = None,
+    float32: bool = True,
+    trusted: bool = True,
+    tensors: TensorsFor | None = None,
+) -> Draft:
+    """Select, view and build, without touching the model.
+
+    Args:
+        device: where adapters are built; None for the device of each base layer.
+        float32: keep adapters of half-precision layers in float32 (they compute in the layer's dtype).
+        trusted: whether patterns in the config were written by the user, rather than read from a file.
+        tensors: the checkpoint's part for a site, where one is loaded; then nothing is initialised.
+    """
+    method = method or method_of(config)
+    tree = walk(model)
+    requests, config, problems = _select(model, tree, method, config, trusted)
+    layers: list[BaseLayer] = []
+    kept: list[SiteRequest] = []
+    for request in requests:
+        try:
+            layers.append(view(tree, request))
+            kept.append(request)
+        except PeftError as error:
+            problems.append(str(error))
+    for layer in layers:
+        layer.build_dtype = _dtype(layer, float32)
+    shared = nn.Module()
+    record = AdapterRecord(name, method, config, kept, [], shared)
+    result = Draft(record, layers, tree, problems)
+    plugged = [layer for layer in layers if not layer.request.copied]
+    if problems:
+        return result
+    try:
+        hook_results.call(
+            method,
+            "peft_prepare",
+            model=model,
+            name=name,
+            config=config,
+            layers=plugged,
+            shared=shared,
+            trusted=trusted,
+        )
+    except PeftError as error:
+        problems.append(str(error))
+        return result
+    for layer in layers:
+        layer.build_device = device
+        found = tensors(layer.request) if tensors else None
+        try:
+            record.adapters.append(build(record, layer, model, found, initialise=tensors is None))
+        except PeftError as error:
+            problems.append(str(error))
+        finally:
+            layer.build_device = None
+    if not problems:
+        record.note_learned()
+    return result
+
+
+def build(
+    record: AdapterRecord,
+    layer: BaseLayer,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor] | None,
+    *,
+    initialise: bool,
+) -> Adapter:
+    """One adapter at one layer, off the tree."""
+    adapter: Adapter
+    if layer.request.copied:
+        adapter = SavedModule(layer)
+    else:
+        adapter = hook_results.call(
+            record.method,
+            "peft_build",
+            config=record.config,
+            layer=layer,
+            shared=record.shared,
+            model=model,
+            tensors=tensors,
+        )
+    adapter.__dict__["shared"] = record.shared  # by reference: a registered child would be saved once per site
+    if initialise:
+        with torch.no_grad():
+            adapter.reset_parameters()
+    return adapter
+
+
+def view(tree: Tree, request: SiteRequest) -> BaseLayer:
+    """The storage view of the module a request names. Raises `TargetError`."""
+    module = tree.module(request.path)
+    if module is None:
+        raise TargetError(f"{request.path}: the model has no such module")
+    missing = [name for name in request.names if not _has_parameter(module, name)]
+    if missing:
+        raise TargetError(f"{request.path}: {type(module).__name__} has no parameter {missing[0]!r}")
+    layer: BaseLayer | None = None
+    if not request.copied:
+        layer = hook_results.call_extensions("peft_layer", path=request.path, module=module)
+    if layer is None:
+        layer = BaseLayer(module, request.path, request) if request.copied else layer_of(module, request)
+    else:
+        layer.request = request
+    return layer
+
+
+def _has_parameter(module: nn.Module, name: str) -> bool:
+    owner, _, attribute = name.rpartition(".")
+    try:
+        return module.get_submodule(owner)._parameters.get(attribute) is not None
+    except AttributeError:
+        return False
+
+
+def _select(
+    model: nn.Module, tree: Tree, method: Method, config: AdapterConfig, trusted: bool
+) -> tuple[list[SiteRequest], AdapterConfig, list[str]]:
+    requests: list[SiteRequest] = []
+    problems: list[str] = []
+    matched: tuple[str, ...] = ()
+
+    def sites() -> list[SiteRequest]:
+        try:
+            found: list[SiteRequest] = hook_results.call(
+                method, "peft_sites", config=config, model=model, matched=matched
+            )
+        except PeftError as error:
+            problems.append(str(error))
+            return []
+        return found
+
+    if isinstance(config, TargetedConfig):
+
+        def match(path: str, module: nn.Module) -> bool | None:
+            answer: bool | None = hook_results.call(
+                method, "peft_match", config=config, path=path, module=module, model=model
+            )
+            return answer
+
+        has_match = bool(method.hook.peft_match.get_hookimpls())
+
+        def choose(other_sites: bool) -> Selection:
+            return select(
+                model,
+                config,
+                modules=tree.modules,
+                match=match if has_match else None,
+                trusted=trusted,
+                other_sites=other_sites,
+            )
+
+        selection = choose(True)
+        matched = tuple(selection.matched)
+        extra = sites()
+        if not matched and not extra and not problems:
+            selection = choose(False)  # now with what there is to say about a selection that is empty
+        problems.extend(selection.problems)
+        requests += [SiteRequest(path) for path in selection.matched]
+        requests += saved_module_requests(list(selection.modules_to_save))
+        config = config.resolve(**selection.resolved)
+    else:
+        extra = sites()
+    requests += extra
+    seen: set[tuple[str, str]] = set()
+    for request in requests:
+        if (request.path, request.part) in seen:
+            problems.append(f"{request.path}: two adapters of one name are asked for at this module")
+        seen.add((request.path, request.part))
+    if not requests and not problems:
+        problems.append("the config selects nothing of the model")
+    return requests, config, problems
+
+
+def _dtype(layer: BaseLayer, float32: bool) -> torch.dtype | None:
+    own = layer.dtype
+    if not own.is_floating_point or own.itemsize == 1 or (float32 and own in HALF):
+        return torch.float32
+    return None
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One row of a plan: the module, what it is, and what it would get."""
+
+    path: str
+    module: str
+    shape: str
+    adapter: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `get_peft_model` would do. `problems` is empty when it would succeed; printing shows a table."""
+
+    method: str
+    config: AdapterConfig
+    sites: tuple[PlannedSite, ...]
+    problems: tuple[str, ...]
+    trainable: int
+    base: int
+
+    def check(self) -> None:
+        """Raise `TargetError` with all problems at once, if there are any."""
+        if self.problems:
+            raise TargetError("the plan has problems:\n" + "\n".join(f"- {problem}" for problem in self.problems))
+
+    def __str__(self) -> str:
+        lines = [f"{self.method}: {len(self.sites)} sites, {self.trainable:,} trainable parameters on {self.base:,}"]
+        rows = [("module", "type", "shape", "adapter", "parameters")] + [
+            (site.path or "(the model)", site.module, site.shape, site.adapter, f"{site.parameters:,}")
+            for site in self._grouped()
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False)]
+            lines.append("  ".join([*cells, row[4].rjust(widths[4])]))
+        lines += [f"problem: {problem}" for problem in self.problems]
+        return "\n".join(lines)
+
+    def _grouped(self) -> list[PlannedSite]:
+        """Sites that differ only in numbers of their path, shown as one row."""
+        groups: dict[tuple[str, str, str, str], list[PlannedSite]] = {}
+        for site in self.sites:
+            pattern = ".".join("*" if part.isdigit() else part for part in site.path.split("."))
+            groups.setdefault((pattern, site.module, site.shape, site.adapter), []).append(site)
+        rows = []
+        for (pattern, module, shape, adapter), members in groups.items():
+            path = members[0].path if len(members) == 1 else f"{pattern} ({len(members)} times)"
+            rows.append(PlannedSite(path, module, shape, adapter, sum(m.parameters for m in members)))
+        return rows
+
+
+def plan(model: nn.Module, config: AdapterConfig, adapter_name: str = "default") -> Plan:
+    """Show what adapting `model` with `config` would do. Nothing is changed; meta models are welcome.
+
+    Problems with the selection are listed in the plan, all at once. Raises `MethodError` where the method
+    itself cannot be loaded.
+    """
+    found = draft(model, adapter_name, config, device=META)
+    record = found.record
+    counted = {id(p): p.numel() for owner, key in record.learned if (p := owner._parameters[key]) is not None}
+    sites = []
+    for layer, adapter in zip(found.layers, record.adapters, strict=False):
+        shapes = [tuple(getattr(layer.module.get_parameter(n), "shape", ())) for n in layer.names[:1]]
+        shape = " × ".join(map(str, shapes[0])) if shapes else "-"
+        count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+        sites.append(PlannedSite(layer.path, type(layer.module).__name__, shape, type(adapter).__name__, count))
+    return Plan(
+        record.method.name,
+        record.config,
+        tuple(sites),
+        tuple(found.problems),
+        sum(counted.values()),
+        sum(p.numel() for _, p in base_parameters(model)),
+    )

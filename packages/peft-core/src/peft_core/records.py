@@ -1,0 +1,93 @@
+"""What a model knows about its adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .config import AdapterConfig
+from .errors import AdapterNotFoundError
+from .layers import SiteRequest
+from .methods import Method
+from .routing import Request, Routing
+from .site import Site
+from .suggest import did_you_mean
+
+
+@dataclass
+class AdapterRecord:
+    """One adapter of a model: its method, its resolved config, and its part at every site.
+
+    `trainable` is the adapter's own standing; its tensors require gradients while it is trainable and active.
+    """
+
+    name: str
+    method: Method
+    config: AdapterConfig
+    requests: list[SiteRequest]
+    adapters: list[Adapter]
+    shared: nn.Module
+    trainable: bool = True
+    learned: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def note_learned(self) -> None:
+        """Note which tensors train: those that require gradients as they were built."""
+        self.learned = [
+            (module, key)
+            for owner in (*self.adapters, self.shared)
+            for module in owner.modules()
+            for key, parameter in module._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        ]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The tensors that train when the adapter does."""
+        return [parameter for owner, name in self.learned if (parameter := owner._parameters[name]) is not None]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the adapter, trained or not, each once."""
+        found: dict[int, Tensor] = {}
+        for module in (*self.adapters, self.shared):
+            for tensor in (*module.parameters(), *module.buffers()):
+                found[id(tensor)] = tensor
+        return list(found.values())
+
+    def require_grad(self, flag: bool) -> None:
+        """Turn gradients of the learned tensors on or off."""
+        for parameter in self.parameters():
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
+
+
+@dataclass
+class PeftState:
+    """Everything the library keeps on a model, as one plain attribute."""
+
+    routing: Routing = field(default_factory=Routing)
+    adapters: dict[str, AdapterRecord] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
+    thawed: frozenset[str] = frozenset()
+    """Names of the base parameters that required gradients before the first adapter came."""
+    snapshots: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    """Original parameters of the sites whose adapters are merged, by path."""
+
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+
+    def publish(self) -> None:
+        """Make the standing choice what `active` and `enabled` say. One assignment: calls see old or new."""
+        self.routing.default = Request(self.active if self.enabled else ())
+
+    def record(self, name: str) -> AdapterRecord:
+        """The adapter of that name. Raises `AdapterNotFoundError`."""
+        try:
+            return self.adapters[name]
+        except (KeyError, TypeError):
+            known = list(self.adapters)
+            hint = did_you_mean(name, known) if isinstance(name, str) else ""
+            raise AdapterNotFoundError(
+                f"no adapter {name!r} on this model; it has {known or 'none'}.{hint} "
+                "Add one with add_adapter(name, config) or load_adapter(path, name)."
+            ) from None

@@ -1,0 +1,55 @@
+"""All or nothing: steps are taken back, in reverse, when an exception of any kind leaves the block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .records import AdapterRecord, PeftState
+
+
+class Undo:
+    """Takes back what was registered if its block is left by an exception (Ctrl-C and out-of-memory included)."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def add(self, step: Callable[[], object]) -> None:
+        """Register how to take back what comes next. Steps may run although the change never happened."""
+        self._steps.append(step)
+
+    def keep(self, mapping: dict[str, Any]) -> None:
+        """Register that a dictionary gets its present entries back, in their order."""
+        entries = dict(mapping)
+
+        def step() -> None:
+            mapping.clear()
+            mapping.update(entries)
+
+        self.add(step)
+
+    def keep_state(self, state: PeftState) -> None:
+        """Register that a model's record of its adapters, and who is active, come back."""
+        for mapping in (state.__dict__, state.adapters, state.sites, state.routing.__dict__):
+            self.keep(mapping)
+
+    def keep_flags(self, record: AdapterRecord) -> None:
+        """Register that an adapter's trainability comes back."""
+        self.keep(record.__dict__)
+        flags = [(parameter, parameter.requires_grad) for parameter in record.parameters()]
+        self.add(lambda: _set_flags(flags))
+
+    def __enter__(self) -> Undo:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            while self._steps:
+                self._steps.pop()()
+
+
+def _set_flags(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)

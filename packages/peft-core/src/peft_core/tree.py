@@ -1,0 +1,74 @@
+"""The model as it is without adapters: one walk over the base modules, whatever sits at their places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .site import Site
+
+SHARED = "_peft_shared"
+"""Child module of the model that holds the adapters' shared tensors."""
+
+
+@dataclass
+class Tree:
+    """Base modules by path, and every place (parent, attribute) each one is registered at."""
+
+    modules: list[tuple[str, nn.Module]] = field(default_factory=list)
+    places: dict[int, list[tuple[nn.Module, str]]] = field(default_factory=dict)
+
+    def module(self, path: str) -> nn.Module | None:
+        """The base module at `path`, or None."""
+        return self._by_path().get(path)
+
+    def parent(self, module: nn.Module) -> nn.Module | None:
+        """The base module that `module` is registered in, the first one found."""
+        places = self.places.get(id(module))
+        return places[0][0] if places else None
+
+    def ancestors(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The modules that contain `module`, nearest first."""
+        while (parent := self.parent(module)) is not None:
+            yield parent
+            module = parent
+
+    def _by_path(self) -> dict[str, nn.Module]:
+        if not hasattr(self, "_index"):
+            self._index = dict(self.modules)
+        return self._index
+
+
+def walk(model: nn.Module) -> Tree:
+    """Walk once. A module registered twice is listed under each path, its children under the first."""
+    tree = Tree()
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        tree.modules.append((path, module))
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        dot = f"{path}." if path else ""
+        children = []
+        for name, child in module._modules.items():
+            if child is None or (name == SHARED and module is model):
+                continue
+            base = child.base_layer if isinstance(child, Site) else child
+            tree.places.setdefault(id(base), []).append((module, name))
+            children.append((dot + name, base))
+        stack.extend(reversed(children))
+    return tree
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's own parameters under their original names, each once."""
+    seen: set[int] = set()
+    for path, module in walk(model).modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{path}.{name}" if path else name), parameter
