@@ -500,6 +500,32 @@ def test_of_two_copies_on_the_path_the_first_counts(make_site: Callable[[], Path
     assert ask(site, script, PYTHONPATH=path) == ["2.0", False, "2.0"]
 
 
+@pytest.mark.parametrize(
+    ("requirement", "version", "fits"),
+    [
+        ("peft-core>=0.1,<0.2", "0.1.0", True),
+        ("Peft_Core>=0.1,<0.2", "0.2.0", False),
+        ("peft-core>=0.1,<0.2", "0.1.1.dev3", True),
+        ("peft-core>=0.1,<0.2", "0.1.0.dev3", False),
+        ("peft-core>=0.1,<0.2", "0.2.0.dev1", False),
+        ("peft-core", "7", True),
+        ("peft-core-extras>=9", "0.1.0", True),
+        ("peft-core>=9", None, True),
+    ],
+)
+def test_version_ranges(
+    requirement: str, version: str | None, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery, "core_version", lambda: version)
+    source = discovery.Source("acme-dist", "1.0")
+    entry = discovery.Entry(discovery.METHODS, "acme", "acme", source, (requirement,))
+    if fits:
+        discovery.check_metadata(entry)
+    else:
+        with pytest.raises(errors.MethodVersionError, match="acme-dist 1.0"):
+            discovery.check_metadata(entry)
+
+
 # -- messages that need no plugin ---------------------------------------------------------------------------
 
 
