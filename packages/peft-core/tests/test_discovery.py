@@ -522,7 +522,7 @@ def test_version_ranges(
     if fits:
         discovery.check_metadata(entry)
     else:
-        with pytest.raises(errors.MethodVersionError, match="acme-dist 1.0"):
+        with pytest.raises(errors.MethodVersionError, match=r"acme-dist 1\.0"):
             discovery.check_metadata(entry)
 
 
