@@ -176,10 +176,12 @@ class Nothing(Adapter):
 ADAPTER = Nothing()
 REQUEST = SiteRequest("a.b")
 TENSORS = {"weight": torch.zeros(1)}
+CONFIG = AdapterConfig()
 LAYER = BaseLayer.__new__(BaseLayer)
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "peft_config": {},
     "peft_match": {"config": None, "path": "a", "module": None, "model": None},
+    "peft_resolve": {"config": CONFIG, "model": None, "matched": ()},
     "peft_sites": {"config": None, "model": None, "matched": ()},
     "peft_prepare": {"model": None, "name": "x", "config": None, "layers": [], "shared": None, "trusted": True},
     "peft_build": {"config": None, "layer": None, "shared": None, "model": None, "tensors": None},
@@ -193,6 +195,8 @@ RIGHT: list[tuple[str, Any, Any]] = [
     ("peft_match", True, True),
     ("peft_match", False, False),
     ("peft_match", None, None),
+    ("peft_resolve", CONFIG, CONFIG),
+    ("peft_resolve", None, CONFIG),
     ("peft_sites", [REQUEST], [REQUEST]),
     ("peft_sites", (), []),
     ("peft_prepare", None, None),
@@ -207,6 +211,7 @@ RIGHT: list[tuple[str, Any, Any]] = [
 WRONG: list[tuple[str, Any, str]] = [
     ("peft_match", re.match("a", "a"), "a re.Match"),
     ("peft_match", 1, "1 (int)"),
+    ("peft_resolve", {"r": 1}, "a dict that starts with 'r': 1 (int)"),
     ("peft_sites", "a.b", "'a.b' (str)"),
     ("peft_sites", ["a.b"], "a list that starts with 'a.b' (str)"),
     ("peft_sites", REQUEST, "SiteRequest"),

@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .adapter import Adapter
+    from .config import AdapterConfig
+
+
+@hookimpl(trylast=True)
+def peft_resolve(config: AdapterConfig) -> AdapterConfig:
+    """The config as it is."""
+    return config
 
 
 @hookimpl(trylast=True)

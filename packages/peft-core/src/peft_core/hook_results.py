@@ -108,6 +108,12 @@ def _is_config(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, AdapterConfig) and value is not AdapterConfig
 
 
+def _is_config_object(value: object) -> bool:
+    from .config import AdapterConfig
+
+    return isinstance(value, AdapterConfig)
+
+
 def _is_sites(value: object) -> bool:
     from .layers import SiteRequest
 
@@ -160,6 +166,7 @@ def _is_roles(value: object) -> bool:
 CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "peft_config": ("a subclass of peft_core.AdapterConfig (the class, not an instance)", _is_config),
     "peft_match": ("True, False, or None (the core's own rule)", lambda v: v is None or isinstance(v, bool)),
+    "peft_resolve": ("a config, as `config.resolve(...)` gives it", _is_config_object),
     "peft_sites": ("a list of peft_core.SiteRequest", _is_sites),
     "peft_prepare": ("nothing; tensors go into `shared`", lambda v: v is None),
     "peft_build": ("an instance of peft_core.Adapter", _is_adapter),

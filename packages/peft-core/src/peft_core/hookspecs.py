@@ -36,6 +36,16 @@ class MethodSpecs:
     def peft_match(self, config: AdapterConfig, path: str, module: nn.Module, model: nn.Module) -> bool | None:
         """Say whether `module` at `path` gets an adapter; None leaves it to `target_modules`."""
 
+    @hookspec(firstresult=True)
+    def peft_resolve(
+        self, config: AdapterConfig, model: nn.Module, matched: Sequence[str]
+    ) -> AdapterConfig | None:
+        """Return `config.resolve(...)` with what this model makes of fields left open; None leaves it as it is.
+
+        The result is what the other hooks see and what is saved; `target_modules` is settled before. `matched`
+        are the paths of the modules that `target_modules` or `peft_match` selected.
+        """
+
     @hookspec
     def peft_sites(  # type: ignore[empty-body]
         self, config: AdapterConfig, model: nn.Module, matched: Sequence[str]

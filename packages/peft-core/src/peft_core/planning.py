@@ -180,6 +180,16 @@ def _select(
     problems: list[str] = []
     matched: tuple[str, ...] = ()
 
+    def resolved() -> AdapterConfig:
+        try:
+            found: AdapterConfig = hook_results.call(
+                method, "peft_resolve", config=config, model=model, matched=matched
+            )
+        except PeftError as error:
+            problems.append(str(error))
+            return config
+        return found
+
     def sites() -> list[SiteRequest]:
         try:
             found: list[SiteRequest] = hook_results.call(
@@ -212,14 +222,17 @@ def _select(
 
         selection = choose(True)
         matched = tuple(selection.matched)
+        targeted, config = config, config.resolve(**selection.resolved)
+        config = resolved()
         extra = sites()
         if not matched and not extra and not problems:
+            config = targeted
             selection = choose(False)  # now with what there is to say about a selection that is empty
         problems.extend(selection.problems)
         requests += [SiteRequest(path) for path in selection.matched]
         requests += saved_module_requests(list(selection.modules_to_save))
-        config = config.resolve(**selection.resolved)
     else:
+        config = resolved()
         extra = sites()
     requests += extra
     seen: set[tuple[str, str]] = set()
