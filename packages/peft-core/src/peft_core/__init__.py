@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         register_method,
         unregister_method,
     )
-    from .model import PeftModel, get_peft_model
+    from .model import PeftModel, get_peft_model, get_peft_model_state_dict
     from .planning import Plan, plan
 
     __version__: str
@@ -76,6 +76,7 @@ __all__ = [
     "__version__",
     "available_methods",
     "get_peft_model",
+    "get_peft_model_state_dict",
     "hookimpl",
     "hookspec",
     "load_method",
@@ -118,7 +119,7 @@ _NAMES = {
         "register_method",
         "unregister_method",
     ),
-    "model": ("PeftModel", "get_peft_model"),
+    "model": ("PeftModel", "get_peft_model", "get_peft_model_state_dict"),
     "planning": ("Plan", "plan"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

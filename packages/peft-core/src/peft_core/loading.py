@@ -83,8 +83,9 @@ def _build(
         model, name, config, method=method, device=META, float32=float32, trusted=trusted, tensors=tensors_for
     )
     found.check()
-    keys, report = checkpoint.match(file, checkpoint.collect(found.record), strict=strict)
-    _check_base(model, file, report)
+    base = dict(base_parameters(model))
+    keys, report = checkpoint.match(file, checkpoint.collect(found.record), strict=strict, base_names=base.keys())
+    _check_base(base, file, report)
     if report.missing:  # only where strict is off: what the file lacks gets its starting value
         found = draft(model, name, config, method=method, float32=float32, trusted=trusted)
         found.check()
@@ -134,10 +135,8 @@ def _unsaved(module: nn.Module) -> list[Tensor]:
 def _refill(model: nn.Module, record: AdapterRecord, file: AdapterFile) -> None:
     """New values into the tensors that are there, by pointer: all of them or none."""
     values = file.load(list(file.shapes), _device(model))
-    expected = checkpoint.collect(record)
-    targets = {key: tensor for key, tensor in checkpoint.live_tensors(record).items() if key in expected}
     with Undo() as undo, torch.no_grad():
-        for key, tensor in targets.items():
+        for key, tensor in checkpoint.collect(record).items():
             undo.add(lambda tensor=tensor, old=tensor.data: setattr(tensor, "data", old))  # type: ignore[misc]
             tensor.data = values[key].to(device=tensor.device, dtype=tensor.dtype)
 
@@ -153,11 +152,10 @@ def _by_module(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, d
     return found
 
 
-def _check_base(model: nn.Module, file: AdapterFile, report: LoadReport) -> None:
+def _check_base(base: Mapping[str, nn.Parameter], file: AdapterFile, report: LoadReport) -> None:
     """Base weights that a file carries along must be the ones the model has: a load touches one adapter only."""
     if not report.base_weights:
         return
-    base = dict(base_parameters(model))
     loaded = file.load(list(report.base_weights.values()), torch.device("cpu"))
     different = []
     for path, key in report.base_weights.items():

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, status
+from . import checkpoint, status, trainer
 from .config import AdapterConfig
 from .errors import AdapterNameError, MergeError, PeftError
 from .inject import attach, detach
@@ -424,6 +424,7 @@ def _enter(model: nn.Module, state: PeftState, undo: Undo) -> None:
     model.__dict__["_peft"] = state
     model.__class__ = adapted_class(cls, PeftModel, _generate)
     remember_checkpoints(model, state.routing)
+    trainer.install()
 
 
 def _leave(model: nn.Module, state: PeftState, undo: Undo) -> None:

@@ -1,0 +1,65 @@
+"""transformers' `Trainer`, unmodified: adapters in its resume and best-model steps.
+
+`Trainer` saves through `model.save_pretrained`, so its checkpoints hold adapters alone; but it reads them back only
+into models of another library. For our models these two steps load the adapters instead; for every other model they
+are what they were. Set `PEFT_CORE_TRAINER=0` before the first adapter is made to leave `Trainer` alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import WEIGHTS
+
+_MARK = "_peft_core_dispatches"
+
+
+def install() -> None:
+    """Set up `Trainer` now, or as soon as it is imported. May be called any number of times."""
+    if os.environ.get("PEFT_CORE_TRAINER", "1") == "0" or "transformers" not in sys.modules:
+        return
+    from wrapt import register_post_import_hook
+
+    register_post_import_hook(_dispatch, "transformers.trainer")
+
+
+def _dispatch(module: Any) -> None:
+    trainer = module.Trainer
+    if getattr(trainer, _MARK, False):
+        return
+    resume: Callable[..., None] = trainer._load_from_checkpoint
+    best: Callable[..., None] = trainer._load_best_model
+
+    @functools.wraps(resume)
+    def load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not _load_adapters(self, resume_from_checkpoint, self.model if model is None else model):
+            resume(self, resume_from_checkpoint, model)
+
+    @functools.wraps(best)
+    def load_best_model(self: Any) -> None:
+        if not _load_adapters(self, self.state.best_model_checkpoint, self.model):
+            best(self)
+
+    trainer._load_from_checkpoint = load_from_checkpoint
+    trainer._load_best_model = load_best_model
+    setattr(trainer, _MARK, True)
+
+
+def _load_adapters(trainer: Any, directory: str, model: Any) -> bool:
+    """Load every adapter of one of our models from a checkpoint; False where this is not such a case."""
+    from .model import PeftModel
+
+    model = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+    if not isinstance(model, PeftModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return False
+    folders = {n: Path(directory) if n == "default" else Path(directory) / n for n in model.peft_config}
+    if not any((folder / WEIGHTS).is_file() for folder in folders.values()):
+        return False
+    for name, folder in folders.items():
+        model.load_adapter(folder, name, replace=True)
+    return True
