@@ -30,8 +30,8 @@ class Adapter(nn.Module):
     rowwise: ClassVar[bool] = True
     """Whether each row of a batch is treated without regard to the other rows."""
 
-    starts_as_base: ClassVar[bool] = True
-    """Whether the default start leaves the base's function unchanged."""
+    starts_as_base: bool = True
+    """Whether the start leaves the base's function unchanged; set on the instance where it depends on the config."""
 
     additive: bool = False
     """Whether the site may add the delta itself, past `forward`; the core sets it."""
