@@ -1,0 +1,184 @@
+"""IA3: "infused adapter by inhibiting and amplifying inner activations".
+
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+https://arxiv.org/abs/2205.05638, section 3.3. One learned vector l per layer rescales activations element by
+element. In the paper l sits on keys and values, softmax(Q (l_k ∘ Kᵀ) / √d) (l_v ∘ V), and inside the feed-forward
+network, (l_ff ∘ γ(W₁ x)) W₂. In terms of linear layers, with h the layer's own output:
+
+    key, value ...            y = l ∘ (W x + b)        l (out,)
+    second feed-forward       y = W (l ∘ x) + b        l (in,)
+
+Both are changes of the weight, so merging is exact: W' = diag(l) W, b' = l ∘ b, or W' = W diag(l).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from peft_core.adapter import Adapter, as_compute
+from peft_core.architectures import model_type_of, role_names
+from peft_core.config import TargetedConfig
+from peft_core.errors import TargetError
+from peft_core.hookspecs import hookimpl
+from peft_core.layers import BaseLayer, ConvLayer, LinearLayer, Params
+from peft_core.patterns import NameMatcher
+from peft_core.site import Link
+from pydantic import field_validator, model_validator
+from torch import Tensor, nn
+
+
+class IA3Config(TargetedConfig):
+    """Which layers are rescaled, and which of them at their input.
+
+    `feedforward_modules` names the targets whose input is rescaled, in the forms of `target_modules`: a list of names,
+    or a regular expression for the whole path. The others are rescaled at their output. Not given, it is those of the
+    targets that are the model's down projections; an empty list means none. `init_ia3_weights=False` starts from
+    N(0, 1) instead of ones. `fan_in_fan_out` is kept for files of other writers: how a layer stores its weight is
+    seen from the layer.
+    """
+
+    peft_type: ClassVar[str] = "IA3"
+    default_roles: ClassVar[tuple[str, ...]] = ("key", "value", "down")
+    # What HF PEFT chose for these, kept so that a config without targets means the same to both.
+    default_roles_for: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys(
+            ("bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama4", "phi", "qwen2", "qwen3"),
+            ("query", "value", "down"),
+        ),
+        "opt": ("query", "key", "down"),
+        "mt5": ("key", "value", "up"),
+    }
+    # Fields that other readers of the file do not know.
+    written_if_set: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
+
+    feedforward_modules: str | tuple[str, ...] | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    @field_validator("feedforward_modules")
+    @classmethod
+    def _feedforward_names(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if value is not None and not (all(value) if isinstance(value, tuple) else value):
+            raise ValueError("the empty string names nothing; give an empty list for no feed-forward layers")
+        return tuple(dict.fromkeys(value)) if isinstance(value, tuple) else value
+
+    @model_validator(mode="after")
+    def _feedforward_within_targets(self) -> IA3Config:
+        names, targets = self.feedforward_modules, self.target_modules
+        if isinstance(names, tuple) and isinstance(targets, tuple):
+            ends = tuple(f".{target}" for target in targets)
+            extra = [name for name in names if name not in targets and not name.endswith(ends)]
+            if extra:
+                raise ValueError(
+                    f"feedforward_modules names {extra}, which target_modules does not. Feed-forward layers are targets "
+                    "that are rescaled at their input: name them in both"
+                )
+        return self
+
+
+@hookimpl
+def peft_config() -> type[IA3Config]:
+    return IA3Config
+
+
+@hookimpl
+def peft_resolve(config: IA3Config, model: nn.Module, matched: Sequence[str]) -> IA3Config | None:
+    """Without `feedforward_modules`: the down projections among the targets, in the targets' own words if possible."""
+    if config.feedforward_modules is not None:
+        return None
+    roles = role_names(model_type_of(model), ("down",))
+    if roles is None:
+        raise TargetError(
+            "feedforward_modules is not given, and what the feed-forward layers of this model are called is not known. "
+            "Name the targets whose input is to be rescaled, or give feedforward_modules=[] to rescale outputs only"
+        )
+    down = {path for path in matched if NameMatcher(roles, what="roles", trusted=True).matches(path)}
+    if isinstance(roles, str) or not isinstance(config.target_modules, tuple):
+        return config.resolve(feedforward_modules=roles if down else ())
+    chosen: list[str] = []
+    for name in (*config.target_modules, *roles):
+        names = NameMatcher((name,), what="target_modules", trusted=True)
+        paths = {path for path in matched if names.matches(path)}
+        if paths and paths <= down:
+            chosen.append(name)
+            down -= paths
+    return config.resolve(feedforward_modules=chosen)
+
+
+@hookimpl
+def peft_prepare(config: IA3Config, layers: Sequence[BaseLayer], trusted: bool) -> None:
+    """Refuse names of feed-forward layers that none of the targets answers to."""
+    names = NameMatcher(config.feedforward_modules or (), what="feedforward_modules", trusted=trusted)
+    names.matches(*(layer.path for layer in layers))
+    if trusted and names.unmatched():
+        raise TargetError(f"feedforward_modules: {names.unmatched()} match none of the targeted modules")
+
+
+@hookimpl
+def peft_build(config: IA3Config, layer: BaseLayer, tensors: Mapping[str, Tensor] | None) -> IA3Adapter:
+    names = NameMatcher(config.feedforward_modules or (), what="feedforward_modules", trusted=False)
+    feedforward = names.matches(layer.path)
+    if tensors and "ia3_l" in tensors and isinstance(layer, LinearLayer):
+        # HF PEFT takes "fc" for a name of "prefc" too: what a file of it means is seen from the tensor's shape.
+        output, input = ((layer.out_features, 1), (1, layer.in_features))
+        if output != input and tuple(tensors["ia3_l"].shape) in (output, input):
+            feedforward = tuple(tensors["ia3_l"].shape) == input
+    return IA3Adapter(layer, feedforward, ones=config.init_ia3_weights)
+
+
+class IA3Adapter(Adapter):
+    """One vector on one `nn.Linear`, `Conv1D` or convolution: at its input (`feedforward`) or at its output.
+
+    `ia3_l` has the shape of HF PEFT's files: (1, in) or (out, 1) for linear layers, (1, channels, 1, ...) for
+    convolutions. Raises `TargetError` for a layer of another kind.
+    """
+
+    def __init__(self, layer: BaseLayer, feedforward: bool, ones: bool = True) -> None:
+        super().__init__(layer)
+        if isinstance(layer, ConvLayer):
+            spatial = (1,) * len(layer.kernel_size)
+            self.size = layer.in_features if feedforward else layer.out_features
+            shape = (1, self.size, *spatial)
+            # Without the batch axis, so that unbatched inputs keep their rank.
+            self.broadcast = (self.size, *spatial)
+        elif isinstance(layer, LinearLayer):
+            self.size = layer.in_features if feedforward else layer.out_features
+            shape = (1, self.size) if feedforward else (self.size, 1)
+            self.broadcast = (self.size,)
+        else:
+            raise layer.refuse("IA3 rescales the input or output of linear and convolution layers, not of this one")
+        self.feedforward = feedforward
+        self.starts_as_base = ones
+        self.ia3_l = layer.parameter(*shape)
+
+    def reset_parameters(self) -> None:
+        if self.starts_as_base:
+            nn.init.ones_(self.ia3_l)
+        else:
+            nn.init.normal_(self.ia3_l)
+
+    def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
+        if self.feedforward:
+            x, *rest = args
+            return base(x * self._scale(x), *rest, **kwargs)
+        out = base(*args, **kwargs)
+        return out * self._scale(out)
+
+    def merge(self, params: Params) -> Params:
+        weight = params["weight"]
+        scale = as_compute(self.ia3_l, weight).flatten()
+        if not self.feedforward:
+            merged = {**params, "weight": weight * scale.view(-1, *(1,) * (weight.dim() - 1))}
+            if "bias" in params:
+                merged["bias"] = params["bias"] * as_compute(scale, params["bias"])
+            return merged
+        # (out, in / groups, *kernel): the rows of group g read the g-th slice of the input channels.
+        groups = self.layer.groups if isinstance(self.layer, ConvLayer) else 1
+        rows = weight.unflatten(0, (groups, -1))
+        columns = scale.view(groups, 1, -1, *(1,) * (weight.dim() - 2))
+        return {**params, "weight": (rows * columns).flatten(0, 1)}
+
+    def _scale(self, like: Tensor) -> Tensor:
+        """l in the dtype of the activations, shaped to broadcast over their last or channel axis."""
+        return as_compute(self.ia3_l.view(self.broadcast), like)
