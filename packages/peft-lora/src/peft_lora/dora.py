@@ -1,0 +1,165 @@
+"""DoRA: the weight's rows have learned norms m, and directions that LoRA moves.
+
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", https://arxiv.org/abs/2402.09353. Equation 5,
+y = m / ‖W + sBA‖ · (W + sBA) x + b, and section 4.3: the norm counts as a constant in the backward pass.
+
+The sum W + sBA is never formed. With g = m / ‖W + sBA‖ the output is g ∘ (W x + s B A x) + b, and
+
+    ‖W_i + s (BA)_i‖² = ‖W_i‖² + 2 s B_i · (A W_iᵀ) + s² B_i (A Aᵀ) B_iᵀ,
+
+where the first term is constant while the base is, and the others cost as much as r more inputs.
+
+"Rows" are the weight's outputs: rows of a linear layer, kernels of a convolution, columns of an "
+"embedding's table.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peft_core.adapter import Adapter, as_compute
+from peft_core.layers import BaseLayer, ConvLayer, Params
+from peft_core.site import Link
+
+from .conv import LoraConv
+from .embedding import LoraEmbedding
+from .linear import LoraLinear
+
+Lora = LoraLinear | LoraConv | LoraEmbedding
+
+
+class Dora(Adapter):
+    """Magnitudes m around the LoRA of one layer.
+
+    Shape of m: (out,) for linear layers, (d,) for embeddings, (1, out, 1, ...) for convolutions, as in HF
+    PEFT's files.
+    """
+
+    def __init__(self, layer: BaseLayer, lora: Lora) -> None:
+        super().__init__(layer)
+        self.lora = lora
+        if isinstance(layer, ConvLayer):
+            if layer.groups > 1:
+                raise layer.refuse(
+                    "use_dora needs a merged weight to take norms of, which groups > 1 have not"
+                )
+            self.channels = (layer.out_features, *(1,) * len(layer.kernel_size))
+            shape: tuple[int, ...] = (1, *self.channels)
+        else:
+            self.channels = (_b(lora).shape[0],)
+            shape = self.channels
+        self.lora_magnitude_vector = layer.parameter(*shape)
+        self._norms = _Norms()
+
+    def reset_parameters(self) -> None:
+        self.lora.reset_parameters()
+        if self.lora_magnitude_vector.is_meta:  # a plan: nothing has values
+            return
+        weight = self.layer.params()["weight"]
+        self.lora_magnitude_vector.copy_(self.norm(weight).view_as(self.lora_magnitude_vector))
+
+    def slots(self) -> dict[str, tuple[nn.Module, str]]:
+        return {slot.removeprefix("lora."): where for slot, where in super().slots().items()}
+
+    def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
+        x: Tensor = args[0]
+        out: Tensor = base(*args, **kwargs)
+        weight, bias = _below(base)
+        gain = self._gain(base, weight, out)
+        bias = None if bias is None else as_compute(bias, out).view(self.channels)
+        if self.lora.dropout is None or not self.training:
+            moved = self.lora.add(out, x)
+            # g (out - b + ...) + b, in one operation.
+            return moved * gain if bias is None else torch.addcmul(bias * (1 - gain), moved, gain)
+        # Section 4.3 of the paper with dropout: base(x) in full, and the change, (g - 1) W + g s B A, of the
+        # dropped-out input.
+        dropped = self.lora.dropout(x)
+        through = base(dropped, *args[1:], **kwargs)
+        moved = self.lora.add(through, dropped)
+        change = moved * gain - through
+        return out + (change if bias is None else change + bias * (1 - gain))
+
+    def merge(self, params: Params) -> Params:
+        merged = self.lora.merge(params)
+        weight = merged["weight"]
+        by_row = self._by_row(weight)
+        norm = torch.linalg.vector_norm(by_row.flatten(1), dim=1)
+        gain = as_compute(self.lora_magnitude_vector, weight).flatten() / norm
+        shape = (-1,) if by_row is not weight else (-1, *(1,) * (weight.dim() - 1))
+        return {**merged, "weight": weight * gain.view(shape)}
+
+    def norm(self, weight: Tensor, squares: Tensor | None = None) -> Tensor:
+        """‖W + sBA‖ by row, (out,) in float32 or wider, without a graph; `squares` are ‖W‖² where they are
+        known.
+        """
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            if squares is None:
+                squares = self.squares(weight)
+            a, b = _a(self.lora).flatten(1), _b(self.lora).flatten(1)
+            rows = self._by_row(weight).flatten(1)
+            cross = torch.mm(rows, as_compute(a, rows).t()).to(squares.dtype)
+            a, b, s = a.to(squares.dtype), b.to(squares.dtype), self.lora.scaling
+            rest = ((2 * s) * cross + (s * s) * (b @ (a @ a.t()))) * b
+            # Rounding must not make it negative where the sum is next to nothing.
+            total = squares + rest.sum(1)
+            return cast(Tensor, total.clamp_min(torch.finfo(total.dtype).tiny).sqrt())
+
+    def squares(self, weight: Tensor) -> Tensor:
+        """‖W‖² by row."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.linalg.vector_norm(self._by_row(weight).flatten(1), dim=1, dtype=dtype).square()
+
+    def _gain(self, base: Link, weight: Tensor, like: Tensor) -> Tensor:
+        """g = m / ‖W + sBA‖, shaped to broadcast over the layer's output; the gradient reaches m alone."""
+        squares = None
+        if not base.inner and not torch.compiler.is_compiling():
+            owner = base.layer.module._parameters.get("weight")
+            if owner is not None and not owner.is_inference():  # those count no versions
+                squares = self._norms.of(owner, lambda: self.squares(weight))
+        norm = self.norm(weight, squares)
+        gain = self.lora_magnitude_vector.flatten() / norm.to(self.lora_magnitude_vector.dtype)
+        return as_compute(gain, like).view(self.channels)
+
+    def _by_row(self, weight: Tensor) -> Tensor:
+        return weight.t() if isinstance(self.lora, LoraEmbedding) else weight
+
+
+def _a(lora: Lora) -> Tensor:
+    return lora.lora_embedding_A if isinstance(lora, LoraEmbedding) else lora.lora_A
+
+
+def _b(lora: Lora) -> Tensor:
+    return lora.lora_embedding_B if isinstance(lora, LoraEmbedding) else lora.lora_B
+
+
+def _below(base: Link) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of everything further in."""
+    params = base.params()
+    return params["weight"], params.get("bias")
+
+
+class _Norms:
+    """‖W‖² of one parameter, until it is another one, or was written to."""
+
+    def __init__(self) -> None:
+        self._key: tuple[weakref.ref[nn.Parameter], int, int] | None = None
+        self._value: Tensor | None = None
+
+    def of(self, weight: nn.Parameter, compute: Any) -> Tensor:
+        key = self._key
+        now = (weight._version, weight.data_ptr())
+        if key is None or key[0]() is not weight or key[1:] != now:
+            with torch.no_grad():
+                self._value = compute()
+            self._key = (weakref.ref(weight), *now)
+        return cast(Tensor, self._value)
+
+    def __deepcopy__(self, memo: object) -> _Norms:
+        return _Norms()
+
+    def __reduce__(self) -> tuple[type[_Norms], tuple[()]]:
+        return _Norms, ()

@@ -1,0 +1,147 @@
+"""LoRA on embeddings: row v of the table W (vocabulary, d) becomes W[v] + s (B A)ᵀ[v].
+
+`embed_scale`, which some models put on the embedding's output, is put on the adapter's part as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from peft_core.adapter import Adapter, DeltaAdapter, as_compute
+from peft_core.errors import CheckpointMismatchError
+from peft_core.layers import BaseLayer, EmbeddingLayer, LinearLayer
+
+from .settings import Settings
+
+
+class LoraEmbedding(DeltaAdapter):
+    """A (r, vocabulary), B (d, r). There is no dropout: nothing is multiplied with A."""
+
+    layer: EmbeddingLayer
+
+    def __init__(self, layer: EmbeddingLayer, settings: Settings) -> None:
+        super().__init__(layer)
+        if layer.module.max_norm is not None:
+            raise layer.refuse(
+                "it renormalises its rows when they are read (max_norm), which leaves no merged form"
+            )
+        self.settings = settings
+        self.scaling = settings.scaling
+        self.lora_embedding_A = layer.parameter(settings.r, layer.num_embeddings)
+        self.lora_embedding_B = layer.parameter(layer.embedding_dim, settings.r)
+        self.dropout = None
+
+    def reset_parameters(self) -> None:
+        if self.settings.init is False:
+            nn.init.normal_(self.lora_embedding_A)
+        else:
+            nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
+
+    def accumulate(self, out: Tensor, x: Tensor) -> Tensor:
+        return self.add(out, x)
+
+    def delta(self, x: Tensor) -> Tensor:
+        return self.delta_at(self.layer, x)
+
+    def delta_at(self, layer: EmbeddingLayer, x: Tensor) -> Tensor:
+        """The delta of `layer`, this adapter's own or one that shares its table."""
+        rows = layer.lookup(x, self.lora_embedding_A.t())
+        delta = rows @ (as_compute(self.lora_embedding_B, rows).t() * self.scaling)
+        return delta if layer.scale is None else delta * layer.scale
+
+    def add(self, out: Tensor, x: Tensor) -> Tensor:
+        """`out` plus the adapter's part."""
+        return out + as_compute(self.delta(x), out)
+
+    def weight_delta(self) -> Tensor:
+        return (self.lora_embedding_A.t() @ self.lora_embedding_B.t()) * self.scaling
+
+
+class _Tied(DeltaAdapter):
+    """The adapter of a layer whose weight is an embedding's table. Nothing of its own is trained.
+
+    Files hold its factors all the same, as other readers expect.
+    """
+
+    def __init__(self, layer: BaseLayer, adapters: Mapping[str, Adapter], path: str) -> None:
+        """`adapters` will hold the embedding's adapter under `path` (it may be built later than this one)."""
+        super().__init__(layer)
+        self.adapters = adapters
+        self.path = path
+
+    @property
+    def source(self) -> LoraEmbedding:
+        """The embedding's adapter."""
+        return cast(LoraEmbedding, self.adapters[self.path])
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to take; raises `CheckpointMismatchError` where the two sets of a file are not one."""
+        for slot, mine in self.state().items():
+            theirs = tensors[slot]
+            if theirs.shape != mine.shape or not (
+                mine.is_meta or theirs.is_meta or torch.allclose(theirs.to(mine), mine, rtol=1e-2, atol=1e-6)
+            ):
+                raise CheckpointMismatchError(
+                    f"{self.layer.path}.{slot}: ensure_weight_tying says that tied layers share one "
+                    f"adapter, but the "
+                    "file holds two different ones; set ensure_weight_tying to false in its config to load "
+                    "both"
+                )
+
+
+class TiedLinear(_Tied):
+    """A head tied to an embedding: A (r, in) = B_embeddingᵀ, B (out, r) = A_embeddingᵀ."""
+
+    layer: LinearLayer
+
+    @property
+    def lora_A(self) -> Tensor:
+        return self.source.lora_embedding_B.t()
+
+    @property
+    def lora_B(self) -> Tensor:
+        return self.source.lora_embedding_A.t()
+
+    def slots(self) -> dict[str, tuple[nn.Module, str]]:
+        return {"lora_A": (self, "lora_A"), "lora_B": (self, "lora_B")}
+
+    def accumulate(self, out: Tensor, x: Tensor) -> Tensor:
+        hidden = torch.matmul(x, as_compute(self.lora_A, x).t()) * self.source.scaling
+        return out + torch.matmul(as_compute(hidden, out), as_compute(self.lora_B, out).t())
+
+    def delta(self, x: Tensor) -> Tensor:
+        return self.accumulate(x.new_zeros((*x.shape[:-1], self.layer.out_features)), x)
+
+    def weight_delta(self) -> Tensor:
+        return self.source.weight_delta()
+
+
+class TiedEmbedding(_Tied):
+    """An embedding that shares its table with another one."""
+
+    layer: EmbeddingLayer
+
+    @property
+    def lora_embedding_A(self) -> Tensor:
+        return self.source.lora_embedding_A
+
+    @property
+    def lora_embedding_B(self) -> Tensor:
+        return self.source.lora_embedding_B
+
+    def slots(self) -> dict[str, tuple[nn.Module, str]]:
+        return {name: (self, name) for name in ("lora_embedding_A", "lora_embedding_B")}
+
+    def delta(self, x: Tensor) -> Tensor:
+        return self.source.delta_at(self.layer, x)
+
+    def accumulate(self, out: Tensor, x: Tensor) -> Tensor:
+        return out + as_compute(self.delta(x), out)
+
+    def weight_delta(self) -> Tensor:
+        return self.source.weight_delta()

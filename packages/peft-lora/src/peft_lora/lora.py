@@ -1,0 +1,182 @@
+"""The hooks of LoRA."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from peft_core.adapter import Adapter
+from peft_core.errors import ConfigError, TargetError
+from peft_core.hookspecs import hookimpl
+from peft_core.layers import AttentionLayer, BaseLayer, ConvLayer, EmbeddingLayer, LinearLayer, SiteRequest
+
+from .attention import LoraAttention
+from .biases import own_bias
+from .config import AVAILABLE, LoraConfig
+from .conv import LoraConv
+from .dora import Dora
+from .embedding import LoraEmbedding, TiedEmbedding, TiedLinear
+from .linear import LoraLinear
+from .parameters import LoraParameter
+from .selection import BIAS, FORM, PARAMETER, ROWS, TIED_ROWS, extra_sites
+from .settings import Patterns, Settings, check_file
+from .tokens import own_rows, tied_rows
+
+__all__ = ["LoraConfig"]
+
+
+class Prepared:
+    """What is known before the adapters are built, and the adapters that others refer to."""
+
+    def __init__(self, patterns: Patterns) -> None:
+        self.patterns = patterns
+        self.adapters: dict[str, Adapter] = {}
+        self.tied: dict[str, str] = {}
+
+
+@hookimpl
+def peft_config() -> type[LoraConfig]:
+    return LoraConfig
+
+
+@hookimpl
+def peft_sites(config: LoraConfig, model: nn.Module, matched: Sequence[str]) -> list[SiteRequest]:
+    return extra_sites(config, model, matched)
+
+
+@hookimpl
+def peft_prepare(config: LoraConfig, layers: Sequence[BaseLayer], shared: nn.Module, trusted: bool) -> None:
+    prepared = Prepared(Patterns(config, trusted))
+    shared.__dict__["prepared"] = prepared
+    whole = [layer for layer in layers if FORM not in layer.request.meta]
+    for layer in layers:
+        prepared.patterns.settings(_pattern_path(layer))
+    if trusted and (unmatched := prepared.patterns.unmatched()):
+        raise TargetError("; ".join(unmatched))
+    if config.ensure_weight_tying:
+        owners: dict[int, str] = {}
+        for layer in whole:
+            if isinstance(layer, EmbeddingLayer):
+                owner = owners.setdefault(id(layer.module.weight), layer.path)
+                if owner != layer.path:
+                    prepared.tied[layer.path] = owner
+        for layer in whole:
+            if isinstance(layer, LinearLayer) and id(layer.module._parameters["weight"]) in owners:
+                prepared.tied[layer.path] = owners[id(layer.module._parameters["weight"])]
+        if prepared.tied and config.use_dora:
+            raise TargetError(
+                "ensure_weight_tying: two tied layers cannot have norms in common; leave out use_dora"
+            )
+    linear = [layer for layer in whole if layer.kind == "linear"]
+    if config.fan_in_fan_out and linear and not any(getattr(layer, "transposed", False) for layer in linear):
+        warnings.warn(
+            f"fan_in_fan_out=True, but {linear[0].path} ({type(linear[0].module).__name__}) stores its "
+            f"weight as "
+            "(out, in). The storage is seen from the layer, so the setting changes nothing; leave it out.",
+            stacklevel=2,
+        )
+
+
+@hookimpl
+def peft_build(
+    config: LoraConfig, layer: BaseLayer, shared: nn.Module, tensors: Mapping[str, Tensor] | None
+) -> Adapter:
+    prepared: Prepared = shared.__dict__["prepared"]
+    meta = layer.request.meta
+    form = meta.get(FORM)
+    if form == BIAS:
+        return own_bias(layer)
+    if form == TIED_ROWS:
+        return tied_rows(layer, meta["indices"], prepared.adapters, meta["of"])
+    if form == ROWS:
+        adapter = prepared.adapters[layer.path] = own_rows(layer, meta["indices"])
+        return adapter
+    if layer.path in prepared.tied:
+        tied = TiedLinear if isinstance(layer, LinearLayer) else TiedEmbedding
+        return tied(layer, prepared.adapters, prepared.tied[layer.path])
+    settings = prepared.patterns.settings(_pattern_path(layer))
+    _check_start(layer, settings, loading=tensors is not None)
+    if form == PARAMETER:
+        stored = layer.module.get_parameter(layer.request.names[0])
+        check_file(
+            layer, tensors, "lora_A.weight", settings.r * (stored.shape[0] if stored.dim() == 3 else 1)
+        )
+        return LoraParameter(layer, settings)
+    embedding = layer.kind == "embedding"
+    check_file(layer, tensors, "lora_embedding_A" if embedding else "lora_A.weight", settings.r)
+    adapter = _build(config, layer, settings, loading=tensors is not None)
+    if settings.init == "mica":
+        _freeze_b(adapter)
+    if embedding:
+        prepared.adapters[layer.path] = adapter
+    return adapter
+
+
+@hookimpl
+def peft_state_key(key: str) -> str:
+    """Files have "lora_A.weight" for a slot "lora_A", and nest what belongs to an inner output projection."""
+    outer, _, last = key.rpartition(".")
+    prefix = f"base_layer.{outer}." if outer else ""
+    return prefix + _KEYS.get(last, last)
+
+
+_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
+
+
+def _build(config: LoraConfig, layer: BaseLayer, settings: Settings, loading: bool) -> Adapter:
+    if isinstance(layer, AttentionLayer):
+        if config.use_dora:
+            raise layer.refuse("use_dora is for linear layers, convolutions and embeddings; exclude it")
+        if settings.dropout and not loading:
+            raise layer.refuse(
+                "its weights are read by one kernel, so lora_dropout cannot be put before them; set "
+                "lora_dropout=0 or "
+                "exclude it"
+            )
+        return LoraAttention(layer, settings)
+    lora: LoraLinear | LoraConv | LoraEmbedding
+    if isinstance(layer, EmbeddingLayer):
+        if config.lora_bias:
+            raise layer.refuse("lora_bias is for linear layers and convolutions; exclude it")
+        lora = LoraEmbedding(layer, settings)
+    elif isinstance(layer, ConvLayer):
+        lora = LoraConv(layer, settings)
+    elif layer.kind == "linear":
+        lora = LoraLinear(layer, settings)
+    else:
+        raise layer.refuse(
+            "LoRA adapts linear layers, convolutions, embeddings and nn.MultiheadAttention; name single "
+            "parameters of "
+            "other modules in target_parameters"
+        )
+    return Dora(layer, lora) if config.use_dora else lora
+
+
+def _check_start(layer: BaseLayer, settings: Settings, loading: bool) -> None:
+    init = settings.init
+    if loading or isinstance(init, bool):
+        return
+    if init not in AVAILABLE:
+        raise ConfigError(
+            f"{layer.path}: init_lora_weights={init!r} is not yet available in this version of peft-lora"
+        )
+    if init == "orthogonal":
+        if layer.kind not in ("linear", "attention"):
+            raise layer.refuse("init_lora_weights='orthogonal' is for linear layers")
+        if settings.r % 2:
+            raise layer.refuse(f"init_lora_weights='orthogonal' needs an even rank, not {settings.r}")
+
+
+def _freeze_b(adapter: Adapter) -> None:
+    """MiCA trains A alone: B holds directions of the base's weight."""
+    for name, parameter in adapter.named_parameters():
+        if name.rpartition(".")[2] in ("lora_B", "lora_embedding_B"):
+            parameter.requires_grad_(False)
+
+
+def _pattern_path(layer: BaseLayer) -> str:
+    if layer.request.meta.get(FORM) == PARAMETER:
+        return f"{layer.path}.{layer.request.names[0]}"
+    return layer.path
