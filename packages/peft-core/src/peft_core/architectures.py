@@ -109,7 +109,7 @@ ARCHITECTURES: Mapping[str, Roles] = {
     "codegen": _roles(attention="attn", blocks="h", embedding="wte", head="lm_head", qkv="qkv_proj")
     | _roles(output="out_proj", up="fc_in", down="fc_out"),
     "gpt_neox": _BLOOM
-    | _roles(attention="attention", blocks="layers", embedding="embed_in", head="embed_out")
+    | _roles(attention="attention", blocks="layers", embedding="embed_in", head="lm_head")
     | _roles(output="attention.dense"),
     "bloom": _BLOOM | _roles(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
     # RefinedWeb: the names of falcon's models before it was part of transformers.

@@ -24,7 +24,7 @@ from .errors import ConfigError
 MAX_PATTERN = 4096
 MAX_PATTERNS = 1000
 # Counted repeats are unrolled when `regex` compiles, so nested ones multiply.
-MAX_REPEATS = 10_000
+MAX_REPEATS = 1000
 # Seconds for all matches of one matcher. Ordinary patterns need some 10 ms for 10,000 modules.
 TIME_LIMIT = 2.0
 

@@ -117,7 +117,8 @@ class _Selector:
             hit = by_name or (everything and _is_linear(module) and module is not head)
             hit = hit if answer is None else answer
             wanted += hit
-            if excluded or _within(path, saved) or not layers.admit(names, hit):
+            inside = layers.admit(names, hit)
+            if excluded or not inside or _within(path, saved):
                 continue
             pool.append(path)
             if self._read_past(path):

@@ -1,0 +1,74 @@
+"""The defaults that follow from roles are those of Hugging Face PEFT, name by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from peft.utils import constants
+
+from peft_core.architectures import default_targets, role_names
+from peft_core.config import TargetedConfig
+from peft_ia3 import IA3Config
+from peft_lora import LoraConfig
+
+DATA: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "default_targets.json").read_text())
+
+ATTENTION = ("query", "key", "value", "output")
+
+
+class AdaLoraRoles(TargetedConfig):
+    """The roles for a method that is not here yet: the table has all that its defaults need."""
+
+    peft_type: ClassVar[str] = "ADALORA"
+    default_roles: ClassVar[tuple[str, ...]] = ("query", "value")
+    default_roles_for: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("bart", "opt", "t5"), (*ATTENTION, "up", "down")),
+        **dict.fromkeys(("deberta-v2", "roberta"), ("query", "key", "value", "dense")),
+        "mt5": (*ATTENTION, "gate", "up", "down"),
+        "nemotron_h": ATTENTION,
+    }
+
+
+TARGETS = [
+    pytest.param(config, model_type, expected, id=f"{method}-{model_type}")
+    for method, config in (("lora", LoraConfig), ("adalora", AdaLoraRoles), ("ia3", IA3Config))
+    for model_type, expected in DATA[method].items()
+]
+
+
+def plain(names: str | tuple[str, ...] | None) -> str | list[str] | None:
+    """Names in the fixture's form: their order means nothing, how often they occur does."""
+    return sorted(names) if isinstance(names, tuple) else names
+
+
+@pytest.mark.parametrize(("config", "model_type", "expected"), TARGETS)
+def test_targets_are_those_of_hf(config: type, model_type: str, expected: str | list[str]) -> None:
+    assert plain(default_targets(config, model_type)) == expected
+
+
+@pytest.mark.parametrize("model_type", DATA["ia3_feedforward"])
+def test_feed_forward_layers_are_those_of_hf(model_type: str) -> None:
+    """They are the down projections among the targets; mt5 has none there."""
+    down = set(role_names(model_type, ["down"]) or ())
+    assert (
+        sorted(down & set(default_targets(IA3Config, model_type) or ()))
+        == DATA["ia3_feedforward"][model_type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "table"),
+    [
+        ("lora", constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING),
+        ("adalora", constants.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING),
+        ("ia3", constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING),
+        ("ia3_feedforward", constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING),
+    ],
+)
+def test_the_fixture_is_what_the_installed_hf_peft_has(method: str, table: dict[str, Any]) -> None:
+    found = {key: names if isinstance(names, str) else sorted(names) for key, names in table.items()}
+    assert found == DATA[method]
