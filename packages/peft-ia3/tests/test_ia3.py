@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
 from peft_core.errors import ConfigError, TargetError
 from peft_core.layers import SiteRequest, layer_of
 from peft_core.routing import Request, Routing
 from peft_core.site import Site
 from peft_ia3 import IA3Adapter, IA3Config
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.pytorch_utils import Conv1D
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 9)),
@@ -90,7 +91,10 @@ def test_merged_weights_compute_the_same(kind: str, feedforward: bool) -> None:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_are_those_of_the_formula(kind: str, feedforward: bool) -> None:
     make, shape = LAYERS[kind]
-    module, x = make().double().requires_grad_(False), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    module, x = (
+        make().double().requires_grad_(False),
+        torch.randn(shape, dtype=torch.float64, requires_grad=True),
+    )
     site, adapter = attach(module, feedforward)
     weights = torch.randn_like(site(x))
 
@@ -141,7 +145,8 @@ def test_start_from_noise() -> None:
     torch.manual_seed(0)
     adapter = IA3Adapter(layer_of(nn.Linear(2, 4096), SiteRequest("layer")), feedforward=False, ones=False)
     adapter.reset_parameters()
-    # 4096 draws of N(0, 1): the mean is within 5 standard errors (5/64), the deviation within 5 (5/sqrt(8192)).
+    # 4096 draws of N(0, 1): the mean is within 5 standard errors (5/64), the deviation within 5
+    # (5/sqrt(8192)).
     assert abs(adapter.ia3_l.mean().item()) < 0.08
     assert abs(adapter.ia3_l.std().item() - 1) < 0.06
 

@@ -2,8 +2,8 @@
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
 https://arxiv.org/abs/2205.05638, section 3.3. One learned vector l per layer rescales activations element by
-element. In the paper l sits on keys and values, softmax(Q (l_k ∘ Kᵀ) / √d) (l_v ∘ V), and inside the feed-forward
-network, (l_ff ∘ γ(W₁ x)) W₂. In terms of linear layers, with h the layer's own output:
+element. In the paper l sits on keys and values, softmax(Q (l_k ∘ Kᵀ) / √d) (l_v ∘ V), and inside the
+feed-forward network, (l_ff ∘ γ(W₁ x)) W₂. In terms of linear layers, with h the layer's own output:
 
     key, value ...            y = l ∘ (W x + b)        l (out,)
     second feed-forward       y = W (l ∘ x) + b        l (in,)
@@ -16,6 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from pydantic import field_validator, model_validator
+from torch import Tensor, nn
+
 from peft_core.adapter import Adapter, as_compute
 from peft_core.architectures import model_type_of, role_names
 from peft_core.config import TargetedConfig
@@ -24,18 +27,16 @@ from peft_core.hookspecs import hookimpl
 from peft_core.layers import BaseLayer, ConvLayer, LinearLayer, Params
 from peft_core.patterns import NameMatcher
 from peft_core.site import Link
-from pydantic import field_validator, model_validator
-from torch import Tensor, nn
 
 
 class IA3Config(TargetedConfig):
     """Which layers are rescaled, and which of them at their input.
 
-    `feedforward_modules` names the targets whose input is rescaled, in the forms of `target_modules`: a list of names,
-    or a regular expression for the whole path. The others are rescaled at their output. Not given, it is those of the
-    targets that are the model's down projections; an empty list means none. `init_ia3_weights=False` starts from
-    N(0, 1) instead of ones. `fan_in_fan_out` is kept for files of other writers: how a layer stores its weight is
-    seen from the layer.
+    `feedforward_modules` names the targets whose input is rescaled, in the forms of `target_modules`: a list
+    of names, or a regular expression for the whole path. The others are rescaled at their output. Not given,
+    it is those of the targets that are the model's down projections; an empty list means none.
+    `init_ia3_weights=False` starts from N(0, 1) instead of ones. `fan_in_fan_out` is kept for files of other
+    writers: how a layer stores its weight is seen from the layer.
     """
 
     peft_type: ClassVar[str] = "IA3"
@@ -71,7 +72,8 @@ class IA3Config(TargetedConfig):
             extra = [name for name in names if name not in targets and not name.endswith(ends)]
             if extra:
                 raise ValueError(
-                    f"feedforward_modules names {extra}, which target_modules does not. Feed-forward layers are targets "
+                    f"feedforward_modules names {extra}, which target_modules does not. Feed-forward layers "
+                    "are targets "
                     "that are rescaled at their input: name them in both"
                 )
         return self
@@ -84,14 +86,17 @@ def peft_config() -> type[IA3Config]:
 
 @hookimpl
 def peft_resolve(config: IA3Config, model: nn.Module, matched: Sequence[str]) -> IA3Config | None:
-    """Without `feedforward_modules`: the down projections among the targets, in the targets' own words if possible."""
+    """Without `feedforward_modules`: the down projections among the targets, in the targets' own words if
+    possible."""
     if config.feedforward_modules is not None:
         return None
     roles = role_names(model_type_of(model), ("down",))
     if roles is None:
         raise TargetError(
-            "feedforward_modules is not given, and what the feed-forward layers of this model are called is not known. "
-            "Name the targets whose input is to be rescaled, or give feedforward_modules=[] to rescale outputs only"
+            "feedforward_modules is not given, and what the feed-forward layers of this model are called is "
+            "not known. "
+            "Name the targets whose input is to be rescaled, or give feedforward_modules=[] to rescale "
+            "outputs only"
         )
     down = {path for path in matched if NameMatcher(roles, what="roles", trusted=True).matches(path)}
     if isinstance(roles, str) or not isinstance(config.target_modules, tuple):
@@ -120,7 +125,8 @@ def peft_build(config: IA3Config, layer: BaseLayer, tensors: Mapping[str, Tensor
     names = NameMatcher(config.feedforward_modules or (), what="feedforward_modules", trusted=False)
     feedforward = names.matches(layer.path)
     if tensors and "ia3_l" in tensors and isinstance(layer, LinearLayer):
-        # HF PEFT takes "fc" for a name of "prefc" too: what a file of it means is seen from the tensor's shape.
+        # HF PEFT takes "fc" for a name of "prefc" too: what a file of it means is seen from the tensor's
+        # shape.
         output, input = ((layer.out_features, 1), (1, layer.in_features))
         if output != input and tuple(tensors["ia3_l"].shape) in (output, input):
             feedforward = tuple(tensors["ia3_l"].shape) == input
@@ -147,7 +153,9 @@ class IA3Adapter(Adapter):
             shape = (1, self.size) if feedforward else (self.size, 1)
             self.broadcast = (self.size,)
         else:
-            raise layer.refuse("IA3 rescales the input or output of linear and convolution layers, not of this one")
+            raise layer.refuse(
+                "IA3 rescales the input or output of linear and convolution layers, not of this one"
+            )
         self.feedforward = feedforward
         self.starts_as_base = ones
         self.ia3_l = layer.parameter(*shape)
@@ -175,7 +183,7 @@ class IA3Adapter(Adapter):
             return merged
         # (out, in / groups, *kernel): the rows of group g read the g-th slice of the input channels.
         groups = self.layer.groups if isinstance(self.layer, ConvLayer) else 1
-        rows = weight.unflatten(0, (groups, -1))
+        rows = weight.reshape(groups, -1, *weight.shape[1:])
         columns = scale.view(groups, 1, -1, *(1,) * (weight.dim() - 2))
         return {**params, "weight": (rows * columns).flatten(0, 1)}
 

@@ -1,0 +1,324 @@
+"""Promises about what an active, inactive, stacked or mixed adapter does to the model's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_core.errors import RequestError
+from peft_core.routing import BASE
+from peft_core.site import Site
+
+from .checks import check, gap, refused, same
+from .models import TinyNet, token_ids
+from .setup import Setup, record, run, state, tensors, trained, weights
+
+
+class Behaviour(Setup):
+    """One method on a model that has a layer of every kind."""
+
+    def test_start_equals_base(self) -> None:
+        """A new adapter leaves the model's function as it was, or the method says that it does not."""
+        x = token_ids()
+        expected = run(self.base(), x)
+        model = self.adapted(random=False)
+        if all(adapter.starts_as_base for adapter in record(model, "a").adapters):
+            difference = gap(run(model, x), expected)
+            check(
+                difference <= self.tolerance,
+                "an adapter at its start leaves the base's output unchanged",
+                f"outputs differ by {difference:.2g} of the largest value",
+                "Adapter.reset_parameters (start values); or set `starts_as_base = False` on the adapter's "
+                "class",
+            )
+
+    def test_active_adapter_changes_the_output(self) -> None:
+        """An adapter with trained values acts."""
+        x = token_ids()
+        difference = gap(run(self.adapted(), x), run(self.base(), x))
+        check(
+            1e-6 < difference < float("inf"),
+            "an active adapter with random values gives another, finite output than the base",
+            f"outputs differ by {difference:.2g} of the largest value",
+            "Adapter.forward: does it use the adapter's tensors, and return its result?",
+        )
+
+    def test_disabled_is_the_base(self) -> None:
+        """Switching adapters off gives the base, bit for bit; switching on gives the adapter again."""
+        x = token_ids()
+        expected = run(self.base(), x)
+        model = self.adapted()
+        active = run(model, x)
+        with model.disable_adapter():
+            off = run(model, x)
+            with model.disable_adapter():
+                nested = run(model, x)
+            still = run(model, x)
+        check(
+            same(off, expected) and same(nested, expected) and same(still, expected),
+            "inside `disable_adapter()` the model computes the base bit for bit",
+            f"outputs differ by {max(gap(out, expected) for out in (off, nested, still)):.2g}",
+            "peft_build / Adapter.__init__: an adapter must not write into the base layer",
+        )
+        check(
+            same(run(model, x), active),
+            "after `disable_adapter()` the adapter acts as before",
+            "the output changed",
+            "Adapter.forward: state kept between calls",
+        )
+
+    def test_forward_keeps_nothing(self) -> None:
+        """A call in eval mode leaves nothing behind that a later call could see."""
+        model = self.adapted()
+        before = tensors(model, "a")
+        first = run(model, token_ids())
+        run(model, token_ids(rows=3, seed=5))
+        again = run(model, token_ids())
+        check(
+            same(first, again),
+            "the same input gives the same output, whatever was computed in between",
+            f"the second output differs by {gap(again, first):.2g}",
+            "Adapter.forward: it must not keep state on the adapter, nor draw random numbers in eval mode",
+        )
+        after = tensors(model, "a")
+        changed = [name for name in before if not same(before[name], after[name])]
+        check(
+            not changed,
+            "a forward in eval mode writes into no tensor of the adapter",
+            f"changed: {changed}",
+            "Adapter.forward: in-place operations (add_, copy_ ...)",
+        )
+
+    # -- gradients -------------------------------------------------------------------------------------------
+
+    def test_gradients_reach_the_adapter_alone(self) -> None:
+        """Backward fills every trained tensor, and no tensor of the base."""
+        model = self.adapted()
+        backward(model(token_ids()))
+        parameters = trained(model, "a")
+        check(
+            parameters,
+            "an adapter has something to train",
+            "no trained tensor",
+            "Adapter.__init__, peft_prepare",
+        )
+        missing = [name for name, p in parameters.items() if p.grad is None or not p.grad.isfinite().all()]
+        missing += [name for name, p in parameters.items() if p.grad is not None and not p.grad.any()]
+        check(
+            not missing,
+            "gradients reach every trained tensor of the adapter",
+            f"none, zero or not finite: {missing}",
+            "Adapter.forward: a tensor that is not used, or a .detach() / no_grad on its way; a tensor that "
+            "is never "
+            "trained is marked with requires_grad_(False) in __init__",
+        )
+        own = {id(p) for p in parameters.values()}
+        leaked = [
+            n
+            for n, p in model.named_parameters()
+            if id(p) not in own and (p.requires_grad or p.grad is not None)
+        ]
+        check(
+            not leaked,
+            "no tensor of the base trains",
+            f"with gradients: {leaked}",
+            "peft_build / peft_prepare: base parameters registered with, or switched on by, the adapter",
+        )
+
+    def test_gradients_are_the_derivative(self) -> None:
+        """Gradients agree with finite differences along a random direction of all trained tensors."""
+        if not self.exact_gradients:
+            return
+        model, x = self.adapted(), token_ids()
+        parameters = list(trained(model, "a").values())
+        backward(model(x))
+        generator = torch.Generator().manual_seed(7)
+        direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+        by_autograd = sum(
+            float((p.grad * d).sum())
+            for p, d in zip(parameters, direction, strict=True)
+            if p.grad is not None
+        )
+        # Central differences: an error of step² = 1e-10 from the maths, of 1e-16/step = 1e-11 from rounding.
+        step, values = 1e-5, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, d in zip(parameters, direction, strict=True):
+                    p.add_(d, alpha=sign * step)
+                values.append(float(loss(model(x))))
+                for p, d in zip(parameters, direction, strict=True):
+                    p.sub_(d, alpha=sign * step)
+        by_difference = (values[0] - values[1]) / (2 * step)
+        check(
+            abs(by_autograd - by_difference) <= 1e-5 * max(1.0, abs(by_difference)),
+            "gradients are the derivative of what the forward computes",
+            f"autograd says {by_autograd:.8g}, finite differences say {by_difference:.8g}",
+            "a custom backward, or a .detach(); if detaching is the method's design, set `exact_gradients = "
+            "False`",
+        )
+
+    # -- several adapters ------------------------------------------------------------------------------------
+
+    def test_switch_stack_delete(self) -> None:
+        """Adapters of one method live side by side: each acts alone, several act together, one goes without a
+        trace."""
+        x = token_ids()
+        base = run(self.base(), x)
+        alone = {name: run(self.adapted(name), x) for name in ("a", "b")}
+        model = self.adapted("a", "b")
+        for name in ("b", "a"):
+            model.set_adapter(name)
+            difference = gap(run(model, x), alone[name])
+            check(
+                difference <= self.tolerance,
+                "an adapter computes the same whether or not others are on the model",
+                f"{name!r} beside another adapter differs by {difference:.2g} from {name!r} alone",
+                "peft_prepare / Adapter.__init__: state shared between adapters of different names",
+            )
+        model.set_adapter(["a", "b"])
+        stacked = run(model, x)
+        closest = min(gap(stacked, other) for other in (alone["a"], alone["b"], base))
+        check(
+            closest > 1e-6,
+            "two active adapters both act",
+            f"the output of both is within {closest:.2g} of that of one, or none",
+            "Adapter.forward: the result of `base(...)` must be used",
+        )
+        model.set_adapter("a")
+        model.delete_adapter("b")
+        check(
+            gap(run(model, x), alone["a"]) <= self.tolerance and list(model.peft_config) == ["a"],
+            "deleting an adapter leaves the others as they were",
+            f"the output differs by {gap(run(model, x), alone['a']):.2g}; adapters: "
+            f"{list(model.peft_config)}",
+            "peft_prepare: state shared between adapters of different names",
+        )
+        model.delete_adapter("a")
+        left = [name for name, module in model.named_modules() if isinstance(module, Site)]
+        check(
+            same(run(model, x), base) and not left,
+            "after the last adapter is deleted the model is the base, bit for bit",
+            f"the output differs by {gap(run(model, x), base):.2g}; sites left: {left}",
+            "peft_build / Adapter.__init__: an adapter must not write into the base layer",
+        )
+
+    def test_start_leaves_other_adapters_alone(self) -> None:
+        """An adapter that does nothing yet does nothing to the adapters it is stacked with."""
+        x = token_ids()
+        model = self.adapted("a")
+        expected = run(model, x)
+        with torch.random.fork_rng(devices=[]):
+            model.add_adapter("new", self.configure(TinyNet.targets(self.layer_kinds)))
+        model.eval()
+        if not all(adapter.starts_as_base for adapter in record(model, "new").adapters):
+            return
+        for order in (["a", "new"], ["new", "a"]):
+            model.set_adapter(order)
+            difference = gap(run(model, x), expected)
+            check(
+                difference <= self.tolerance,
+                "an adapter at its start, stacked with another, leaves the other's output unchanged",
+                f"stacked as {order} the output differs by {difference:.2g} from 'a' alone",
+                "Adapter.forward / merge: start from `base(...)` or `base.params()`, never from the layer's "
+                "own "
+                "weights or module, or the adapters further in are lost",
+            )
+
+    def test_mixed_rows(self) -> None:
+        """One adapter per row gives each row what a run of its own gives, or the method refuses."""
+        x = token_ids()
+        names = ["b", "a", BASE, "b"]
+        model = self.adapted("a", "b")
+        if not all(adapter.rowwise for adapter in record(model, "a").adapters):
+            with refused(
+                RequestError,
+                "a method whose rows depend on each other refuses `adapter_names`",
+                "`rowwise` on the adapter's class",
+            ):
+                run(model, x, adapter_names=names)
+            return
+        mixed = run(model, x, adapter_names=names)
+        expected = run(self.base(), x)
+        for name in ("a", "b"):
+            model.set_adapter(name)
+            rows = [index for index, wanted in enumerate(names) if wanted == name]
+            expected[rows] = run(model, x)[rows]
+        difference = gap(mixed, expected)
+        check(
+            difference <= self.tolerance,
+            "with `adapter_names`, each row comes out as in a run with its adapter alone",
+            f"rows differ by {difference:.2g}",
+            "Adapter.forward: does a row depend on the other rows (a mean over the batch)? Then set `rowwise "
+            "= False` "
+            "on the adapter's class",
+        )
+
+    # -- leaving ---------------------------------------------------------------------------------------------
+
+    def test_unload_gives_the_base_back(self) -> None:
+        """`unload` returns the very model that came: modules, weights, modes and trainability."""
+        base = self.base()
+        base.train()
+        base.blocks[0].eval()
+        base.head.requires_grad_(False)
+        kind, before = type(base), _looks(base)
+        saved = weights(base)
+        model = self.adapted(base=base)
+        model.train()
+        base.blocks[0].eval()
+        model(token_ids())
+        model.unload()
+        check(
+            type(base) is kind and not hasattr(base, "_peft"),
+            "`unload` gives the model its own class back",
+            f"{type(base).__name__}",
+            "the core",
+        )
+        after = _looks(base)
+        changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+        check(
+            not changed,
+            "`unload` leaves modules, train/eval modes and requires_grad as they came",
+            f"changed: {sorted(changed)}",
+            "peft_prepare / Adapter.__init__: changes of the base",
+        )
+        rewritten = [name for name, tensor in weights(base).items() if not same(tensor, saved[name])]
+        check(
+            not rewritten,
+            "`unload` leaves the base's weights as they came, bit for bit",
+            f"changed: {rewritten}",
+            "peft_prepare / Adapter.__init__ / forward: writes into the base",
+        )
+
+    def test_config_is_left_alone(self) -> None:
+        """The config object the user passed is read, never written."""
+        config = self.configure(TinyNet.targets(self.layer_kinds))
+        before = config.to_json()
+        model = self.adapted(config=config)
+        run(model, token_ids())
+        check(
+            config.to_json() == before and state(model).record("a").config is not None,
+            "using a config does not change it",
+            f"before {before}, after {config.to_json()}",
+            "peft_prepare / peft_build",
+        )
+
+
+def loss(output: Tensor) -> Tensor:
+    """A scalar in which every output has a weight of its own."""
+    generator = torch.Generator().manual_seed(3)
+    return (
+        output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    ).sum()
+
+
+def backward(output: Tensor) -> None:
+    """Gradients of that scalar."""
+    torch.autograd.backward(loss(output))
+
+
+def _looks(model: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {f"module {name}": (id(m), m.training) for name, m in model.named_modules()}
+    return found | {f"parameter {name}": (id(p), p.requires_grad) for name, p in model.named_parameters()}

@@ -1,0 +1,29 @@
+"""The contract of a method, as a suite of tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from .behaviour import Behaviour
+from .features import Features
+from .files import Files
+from .layers import Layers
+from .merging import Merging
+
+
+@pytest.mark.filterwarnings("error")
+class MethodContract(Behaviour, Merging, Files, Layers, Features):
+    """Everything the core promises its users in a method's name.
+
+    The author of a method writes one short class per config worth proving, in a file that pytest collects:
+
+        from peft_core.testing import MethodContract
+        from acme import AcmeConfig
+
+        class TestAcme(MethodContract):
+            config = AcmeConfig(r=4)
+
+    and says in class attributes (`Setup` lists them all) what is different about the method: the kinds of
+    layers it adapts, that it cannot be merged, and the like. A failure names the promise, what was seen, and
+    where to look. The suite works on small models in float64 on the CPU, and treats warnings as errors.
+    """
