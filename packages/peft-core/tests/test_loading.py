@@ -7,8 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import digest
-from toys import GainConfig, SumConfig, net, randomise, toys
+from toys import GainConfig, SumConfig, digest, net, randomise, toys
 
 from peft_core import (
     AdapterNameError,

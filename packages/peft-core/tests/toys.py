@@ -10,7 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_core import Adapter, DeltaAdapter, TargetedConfig, WeightAdapter, hookimpl, register_method, unregister_method
+from peft_core import (
+    Adapter,
+    DeltaAdapter,
+    PeftModel,
+    TargetedConfig,
+    WeightAdapter,
+    hookimpl,
+    register_method,
+    unregister_method,
+)
 
 
 class SumConfig(TargetedConfig):
@@ -65,14 +74,14 @@ class GainAdapter(Adapter):
         return merged
 
 
-class RollConfig(TargetedConfig):
+class ShiftConfig(TargetedConfig):
     """A weight-space method: adds a scalar to every weight of a module, whatever it is."""
 
     peft_type: ClassVar[str] = "TOYSHIFT"
 
 
 class ShiftAdapter(WeightAdapter):
-    def __init__(self, layer: Any, config: RollConfig) -> None:
+    def __init__(self, layer: Any, config: ShiftConfig) -> None:
         super().__init__(layer)
         self.shift = layer.parameter(1)
 
@@ -104,7 +113,12 @@ class MixAdapter(Adapter):
         return out + self.mix * out.mean(0, keepdim=True)
 
 
-PAIRS = [(SumConfig, SumAdapter), (GainConfig, GainAdapter), (RollConfig, ShiftAdapter), (MixConfig, MixAdapter)]
+PAIRS = [
+    (SumConfig, SumAdapter),
+    (GainConfig, GainAdapter),
+    (ShiftConfig, ShiftAdapter),
+    (MixConfig, MixAdapter),
+]
 
 
 def plugin(config_class: Any, adapter_class: Any) -> Any:
@@ -177,3 +191,18 @@ def randomise(model: Any, name: str = "default", seed: int = 1, std: float = 0.3
     with torch.no_grad():
         for parameter in model._peft.adapters[name].parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * std)
+
+
+def digest(model: nn.Module) -> dict[str, Any]:
+    """Everything a failed operation must leave alone."""
+    state = model._peft if isinstance(model, PeftModel) else None
+    return {
+        "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
+        "tensors": [
+            (name, id(tensor), tensor._version, tensor.requires_grad, tensor.data_ptr())
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        ],
+        "modes": [module.training for module in model.modules()],
+        "class": type(model),
+        "state": state and (state.active, state.enabled, state.routing.merged, sorted(state.adapters)),
+    }

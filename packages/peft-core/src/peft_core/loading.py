@@ -83,7 +83,7 @@ def _build(
         model, name, config, method=method, device=META, float32=float32, trusted=trusted, tensors=tensors_for
     )
     found.check()
-    base = dict(base_parameters(model))
+    base = base_parameters(model)
     keys, report = checkpoint.match(file, checkpoint.collect(found.record), strict=strict, base_names=base.keys())
     _check_base(base, file, report)
     if report.missing:  # only where strict is off: what the file lacks gets its starting value
@@ -173,6 +173,6 @@ def _check_base(base: Mapping[str, nn.Parameter], file: AdapterFile, report: Loa
 
 
 def _device(model: nn.Module) -> torch.device:
-    for _, parameter in base_parameters(model):
+    for parameter in base_parameters(model).values():
         return parameter.device
     return torch.device("cpu")

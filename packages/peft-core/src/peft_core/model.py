@@ -16,18 +16,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, status, trainer
+from . import checkpoint, status
 from .config import AdapterConfig
 from .errors import AdapterNameError, MergeError, PeftError
-from .inject import attach, detach
+from .inject import detach
+from .lifecycle import activate_records, checked_draft, install, leave, note_ties, require_unmerged
 from .loading import LoadReport, load_into
 from .merging import merge, unmerge
-from .planning import Draft, draft
-from .records import AdapterRecord, PeftState
+from .records import PeftState
 from .routing import BASE
-from .subclass import adapted_class, base_class, remember_checkpoints
+from .subclass import base_class, rebuild, remember_checkpoints
 from .transaction import Undo
-from .tree import base_parameters, walk
+from .tree import walk
 
 NO_STATE = "this model has no adapters; make one with get_peft_model(model, config)"
 
@@ -60,8 +60,8 @@ def get_peft_model(
             f"get_peft_model needs a config of this library, such as load_method(name)(...), not a "
             f"{type(peft_config).__module__}.{type(peft_config).__qualname__}; change the import line of the config"
         )
-    found = _draft(model, adapter_name, peft_config, autocast_adapter_dtype, revision)
-    _install(model, found, trainable=not peft_config.inference_mode, activate=True)
+    found = checked_draft(model, adapter_name, peft_config, autocast_adapter_dtype, revision)
+    install(model, found, trainable=not peft_config.inference_mode, activate=True)
     return model
 
 
@@ -118,8 +118,8 @@ class PeftModel:
 
         Raises as `get_peft_model`.
         """
-        found = _draft(_module(self), adapter_name, peft_config, autocast_adapter_dtype, None)
-        _install(_module(self), found, trainable=not peft_config.inference_mode, activate=False)
+        found = checked_draft(_module(self), adapter_name, peft_config, autocast_adapter_dtype, None)
+        install(_module(self), found, trainable=not peft_config.inference_mode, activate=False)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters active, the last one outermost; several act together.
@@ -132,10 +132,10 @@ class PeftModel:
         records = [state.record(name) for name in names]
         if len(set(names)) != len(names):
             raise AdapterNameError(f"set_adapter: a name is given twice in {list(names)}")
-        _unmerged(state, "set_adapter")
+        require_unmerged(state, "set_adapter")
         with Undo() as undo:
             undo.keep_state(state)
-            _activate(state, records, undo, inference_mode=inference_mode)
+            activate_records(state, records, undo, inference_mode=inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters are trainable; takes effect on the active ones at once, on others when active."""
@@ -150,7 +150,7 @@ class PeftModel:
         """Remove an adapter and free its tensors."""
         state = self._peft
         state.record(adapter_name)
-        _unmerged(state, "delete_adapter")
+        require_unmerged(state, "delete_adapter")
         with Undo() as undo:
             undo.keep_state(state)
             detach(_module(self), state, adapter_name, undo)
@@ -194,12 +194,12 @@ class PeftModel:
         weight as it was.
         """
         state = self._peft
-        _unmerged(state, "merge_adapter")
+        require_unmerged(state, "merge_adapter")
         names = _names_to_merge(state, adapter_names)
         with Undo() as undo:
             undo.keep_state(state)
             state.snapshots = merge(state, names, undo, progressbar=progressbar)
-            _activate(state, [state.adapters[name] for name in names], undo)
+            activate_records(state, [state.adapters[name] for name in names], undo)
             state.routing.merged = names
 
     def unmerge_adapter(self) -> None:
@@ -223,9 +223,9 @@ class PeftModel:
             if not state.routing.merged:
                 merge(state, _names_to_merge(state, adapter_names), undo, progressbar=progressbar)
             elif adapter_names is not None and tuple(adapter_names) != state.routing.merged:
-                _unmerged(state, "merge_and_unload")
-            _leave(model, state, undo)
-        _note_ties(model)
+                require_unmerged(state, "merge_and_unload")
+            leave(model, state, undo)
+        note_ties(model)
         return model
 
     def unload(self) -> Any:
@@ -234,7 +234,7 @@ class PeftModel:
         with Undo() as undo:
             undo.keep_state(state)
             unmerge(state, undo)
-            _leave(model, state, undo)
+            leave(model, state, undo)
         return model
 
     def get_base_model(self) -> Any:
@@ -305,7 +305,7 @@ class PeftModel:
         Keyword arguments are those of `load_adapter`. Raises as `load_adapter`.
         """
         if not isinstance(model, nn.Module) or model_id is None:
-            parent = super(PeftModel, cls)
+            parent = super()
             if cls is not PeftModel and hasattr(parent, "from_pretrained"):
                 extra = {} if adapter_name == "default" else {"adapter_name": adapter_name}
                 args = (model,) if model_id is None else (model, model_id)
@@ -334,8 +334,6 @@ class PeftModel:
     # -- python --------------------------------------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        from .subclass import rebuild
-
         _, _, *rest = super().__reduce_ex__(protocol)
         return (rebuild, (base_class(type(self)),), *rest)
 
@@ -344,7 +342,7 @@ class PeftModel:
         remember_checkpoints(_module(self), self._peft.routing)
 
 
-def _generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+def generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
     """The model's `generate`. `adapter_names` chooses an adapter for each row of the batch."""
     routing = self._peft.routing
     with routing.use(routing.request(_rows(self._peft, adapter_names))):
@@ -365,90 +363,11 @@ def _rows(state: PeftState, names: Sequence[str] | None) -> tuple[str, ...] | No
     return rows
 
 
-def _draft(model: nn.Module, name: str, config: AdapterConfig, float32: bool, revision: str | None) -> Draft:
-    checkpoint.check_name(name)
-    if isinstance(model, PeftModel) and name in model._peft.adapters:
-        raise AdapterNameError(
-            f"adapter {name!r} is on the model already; choose another name, or delete_adapter({name!r}) first"
-        )
-    if isinstance(model, PeftModel):
-        _unmerged(model._peft, "adding an adapter")
-    base = getattr(model, "name_or_path", None) or None
-    known = {"base_model_name_or_path": config.base_model_name_or_path or base, "revision": revision or config.revision}
-    found = draft(model, name, config.resolve(**known), float32=float32)
-    found.check()
-    return found
-
-
-def _install(model: nn.Module, found: Draft, *, trainable: bool, activate: bool, instead: str | None = None) -> None:
-    """Attach a checked draft, in place of the adapter `instead`; on a bare model, freeze it and exchange its class."""
-    fresh = not isinstance(model, PeftModel)
-    state = PeftState() if fresh else cast(PeftModel, model)._peft
-    record = found.record
-    record.trainable = trainable
-    with Undo() as undo:
-        undo.keep_state(state)
-        if fresh:
-            _enter(model, state, undo)
-        if instead is not None:
-            detach(model, state, instead, undo)
-        attach(model, state, found, undo)
-        record.require_grad(trainable and record.name in state.active)
-        if activate:
-            _activate(state, [record], undo)
-
-
-def _activate(state: PeftState, records: list[AdapterRecord], undo: Undo, *, inference_mode: bool = False) -> None:
-    for name in state.active:
-        if name not in {record.name for record in records}:
-            undo.keep_flags(state.adapters[name])
-            state.adapters[name].require_grad(False)
-    for record in records:
-        undo.keep_flags(record)
-        record.require_grad(record.trainable and not inference_mode)
-    state.active = tuple(record.name for record in records)
-    state.publish()
-
-
-def _enter(model: nn.Module, state: PeftState, undo: Undo) -> None:
-    """Freeze the base and make the model a `PeftModel`."""
-    thawed = [(name, parameter) for name, parameter in base_parameters(model) if parameter.requires_grad]
-    state.thawed = frozenset(name for name, _ in thawed)
-    cls = type(model)
-    undo.keep(model.__dict__)
-    undo.add(lambda: setattr(model, "__class__", cls))
-    undo.add(lambda: [parameter.requires_grad_(True) for _, parameter in thawed])
-    undo.add(lambda: remember_checkpoints(model, None))
-    for _, parameter in thawed:
-        parameter.requires_grad_(False)
-    model.__dict__["_peft"] = state
-    model.__class__ = adapted_class(cls, PeftModel, _generate)
-    remember_checkpoints(model, state.routing)
-    trainer.install()
-
-
-def _leave(model: nn.Module, state: PeftState, undo: Undo) -> None:
-    """Take every adapter out and make the model what it was."""
-    cls = type(model)
-    undo.keep(model.__dict__)
-    undo.add(lambda: setattr(model, "__class__", cls))
-    undo.add(lambda: remember_checkpoints(model, state.routing))
-    for name in list(state.adapters):
-        detach(model, state, name, undo)
-    remember_checkpoints(model, None)
-    thawed = [p for name, p in base_parameters(model) if name in state.thawed]
-    undo.add(lambda: [parameter.requires_grad_(False) for parameter in thawed])
-    for parameter in thawed:
-        parameter.requires_grad_(True)
-    model.__class__ = base_class(cls)
-    del model.__dict__["_peft"]
-
-
 def _load(model: nn.Module, path: Any, name: str, *, activate: bool, **kwargs: Any) -> LoadReport:
     checkpoint.check_name(name)
     if isinstance(model, PeftModel):
-        _unmerged(model._peft, "loading an adapter")
-    return load_into(model, path, name, activate=activate, install=_install, **kwargs)
+        require_unmerged(model._peft, "loading an adapter")
+    return load_into(model, path, name, activate=activate, install=install, **kwargs)
 
 
 def _names_to_merge(state: PeftState, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -458,24 +377,6 @@ def _names_to_merge(state: PeftState, names: Sequence[str] | None) -> tuple[str,
     if not chosen:
         raise MergeError("no adapter is active, so there is nothing to merge")
     return chosen
-
-
-def _unmerged(state: PeftState, action: str) -> None:
-    if state.routing.merged:
-        raise MergeError(
-            f"{action}: adapters {list(state.routing.merged)} are merged into the base weights; call unmerge_adapter() "
-            "first"
-        )
-
-
-def _note_ties(model: nn.Module) -> None:
-    """Merging into one of two tied tables opens the tie; the model's config must then say so."""
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
-        return
-    output, inputs = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    if output is not None and inputs is not None and output.weight is not inputs.weight:
-        config.tie_word_embeddings = False
 
 
 def get_peft_model_state_dict(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:

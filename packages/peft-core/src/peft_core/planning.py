@@ -326,5 +326,5 @@ def plan(model: nn.Module, config: AdapterConfig, adapter_name: str = "default")
         tuple(sites),
         tuple(found.problems),
         sum(counted.values()),
-        sum(p.numel() for _, p in base_parameters(model)),
+        sum(p.numel() for p in base_parameters(model).values()),
     )

@@ -6,7 +6,6 @@ It carries the name and module of the user's class, is made once per class, and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -16,13 +15,15 @@ from .routing import Routing, remembering, remembers
 BASE_CLASS = "_peft_base_class"
 
 
-def adapted_class(cls: type, mixin: type, generate: Callable[..., Any]) -> type:
-    """The subclass of `cls` with the mixin's methods."""
-    return cls if BASE_CLASS in vars(cls) or hasattr(cls, BASE_CLASS) else _make(cls, mixin, generate)
+def adapted_class(cls: type) -> type:
+    """The subclass of `cls` with the methods of `PeftModel`."""
+    return cls if hasattr(cls, BASE_CLASS) else _make(cls)
 
 
 @functools.cache
-def _make(cls: type, mixin: type, generate: Callable[..., Any]) -> type:
+def _make(cls: type) -> type:
+    from .model import PeftModel, generate
+
     namespace: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -36,7 +37,7 @@ def _make(cls: type, mixin: type, generate: Callable[..., Any]) -> type:
             return generate(self, *args, **kwargs)
 
         namespace["generate"] = generate_with_adapters
-    return type(cls.__name__, (mixin, cls), namespace)
+    return type(cls.__name__, (PeftModel, cls), namespace)
 
 
 def base_class(cls: type) -> type:
@@ -47,9 +48,7 @@ def base_class(cls: type) -> type:
 
 def rebuild(cls: type) -> Any:
     """An empty instance for `copy` and `pickle` to fill."""
-    from .model import PeftModel, _generate
-
-    adapted = adapted_class(cls, PeftModel, _generate)
+    adapted = adapted_class(cls)
     return adapted.__new__(adapted)
 
 

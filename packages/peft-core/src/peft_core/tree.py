@@ -64,11 +64,13 @@ def walk(model: nn.Module) -> Tree:
     return tree
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The base's own parameters under their original names, each once."""
+    found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for path, module in walk(model).modules:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield (f"{path}.{name}" if path else name), parameter
+                found[f"{path}.{name}" if path else name] = parameter
+    return found

@@ -1,0 +1,121 @@
+"""How a model becomes adapted, how it gains an adapter, and how it is left as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from . import checkpoint, trainer
+from .config import AdapterConfig
+from .errors import AdapterNameError, MergeError
+from .inject import attach, detach
+from .planning import Draft, draft
+from .records import AdapterRecord, PeftState
+from .subclass import adapted_class, base_class, remember_checkpoints
+from .transaction import Undo
+from .tree import base_parameters
+
+
+def state_of(model: nn.Module) -> PeftState | None:
+    """What the model knows about its adapters, or None for a model that never had any."""
+    state: PeftState | None = model.__dict__.get("_peft")
+    return state
+
+
+def checked_draft(model: nn.Module, name: str, config: AdapterConfig, float32: bool, revision: str | None) -> Draft:
+    checkpoint.check_name(name)
+    state = state_of(model)
+    if state is not None and name in state.adapters:
+        raise AdapterNameError(
+            f"adapter {name!r} is on the model already; choose another name, or delete_adapter({name!r}) first"
+        )
+    if state is not None:
+        require_unmerged(state, "adding an adapter")
+    base = getattr(model, "name_or_path", None) or None
+    known = {"base_model_name_or_path": config.base_model_name_or_path or base, "revision": revision or config.revision}
+    found = draft(model, name, config.resolve(**known), float32=float32)
+    found.check()
+    return found
+
+
+def install(model: nn.Module, found: Draft, *, trainable: bool, activate: bool, instead: str | None = None) -> None:
+    """Attach a checked draft, in place of the adapter `instead`; on a bare model, freeze it and exchange its class."""
+    present = state_of(model)
+    state = present or PeftState()
+    record = found.record
+    record.trainable = trainable
+    with Undo() as undo:
+        undo.keep_state(state)
+        if present is None:
+            enter(model, state, undo)
+        if instead is not None:
+            detach(model, state, instead, undo)
+        attach(model, state, found, undo)
+        record.require_grad(trainable and record.name in state.active)
+        if activate:
+            activate_records(state, [record], undo)
+
+
+def activate_records(state: PeftState, records: list[AdapterRecord], undo: Undo, *, inference_mode: bool = False) -> None:
+    for name in state.active:
+        if name not in {record.name for record in records}:
+            undo.keep_flags(state.adapters[name])
+            state.adapters[name].require_grad(False)
+    for record in records:
+        undo.keep_flags(record)
+        record.require_grad(record.trainable and not inference_mode)
+    state.active = tuple(record.name for record in records)
+    state.publish()
+
+
+def enter(model: nn.Module, state: PeftState, undo: Undo) -> None:
+    """Freeze the base and make the model a `PeftModel`."""
+    thawed = [(name, parameter) for name, parameter in base_parameters(model).items() if parameter.requires_grad]
+    state.thawed = frozenset(name for name, _ in thawed)
+    cls = type(model)
+    undo.keep(model.__dict__)
+    undo.add(lambda: setattr(model, "__class__", cls))
+    undo.add(lambda: [parameter.requires_grad_(True) for _, parameter in thawed])
+    undo.add(lambda: remember_checkpoints(model, None))
+    for _, parameter in thawed:
+        parameter.requires_grad_(False)
+    model.__dict__["_peft"] = state
+    model.__class__ = adapted_class(cls)
+    remember_checkpoints(model, state.routing)
+    trainer.install()
+
+
+def leave(model: nn.Module, state: PeftState, undo: Undo) -> None:
+    """Take every adapter out and make the model what it was."""
+    cls = type(model)
+    undo.keep(model.__dict__)
+    undo.add(lambda: setattr(model, "__class__", cls))
+    undo.add(lambda: remember_checkpoints(model, state.routing))
+    for name in list(state.adapters):
+        detach(model, state, name, undo)
+    remember_checkpoints(model, None)
+    thawed = [p for name, p in base_parameters(model).items() if name in state.thawed]
+    undo.add(lambda: [parameter.requires_grad_(False) for parameter in thawed])
+    for parameter in thawed:
+        parameter.requires_grad_(True)
+    model.__class__ = base_class(cls)
+    del model.__dict__["_peft"]
+
+
+def require_unmerged(state: PeftState, action: str) -> None:
+    if state.routing.merged:
+        raise MergeError(
+            f"{action}: adapters {list(state.routing.merged)} are merged into the base weights; call unmerge_adapter() "
+            "first"
+        )
+
+
+def note_ties(model: nn.Module) -> None:
+    """Merging into one of two tied tables opens the tie; the model's config must then say so."""
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+        return
+    output, inputs = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    if output is not None and inputs is not None and output.weight is not inputs.weight:
+        config.tie_word_embeddings = False
