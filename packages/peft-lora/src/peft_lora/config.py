@@ -54,6 +54,14 @@ class LoraConfig(TargetedConfig):
 
     peft_type: ClassVar[str] = "LORA"
     default_roles: ClassVar[tuple[str, ...]] = ("query", "value")
+    # Model types whose customary targets are others.
+    default_roles_for: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "btlm": ("output", "qkv"),
+        "nemotron_h": ("query", "key", "value", "output"),
+        "phi": ("query", "value", "up", "down"),
+        "rwkv": ("key", "value", "receptance", "output"),
+        "rwkv7": ("receptance", "key", "value", "output", "up", "down"),
+    }
     allow_no_targets: ClassVar[bool] = True
     # Options that this package does not have, at the values that switch them off; settings of starts, which
     # have done their work when the file is written.
