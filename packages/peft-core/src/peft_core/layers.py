@@ -267,7 +267,7 @@ class AttentionLayer(BaseLayer):
 
     @property
     def embed_dim(self) -> int:
-        return self.module.embed_dim
+        return int(self.module.embed_dim)
 
 
 def is_conv1d(module: nn.Module) -> bool:

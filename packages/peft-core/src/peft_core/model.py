@@ -21,7 +21,8 @@ from .config import AdapterConfig
 from .errors import AdapterNameError, MergeError, PeftError
 from .inject import detach
 from .lifecycle import activate_records, checked_draft, install, leave, note_ties, require_unmerged
-from .loading import LoadReport, load_into
+from .loading import load_into
+from .matching import LoadReport
 from .merging import merge, unmerge
 from .records import PeftState
 from .routing import BASE
@@ -334,8 +335,8 @@ class PeftModel:
     # -- python --------------------------------------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *rest = super().__reduce_ex__(protocol)
-        return (rebuild, (base_class(type(self)),), *rest)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (rebuild, (base_class(type(self)),), *reduced[2:])
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]

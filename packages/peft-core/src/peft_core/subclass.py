@@ -48,7 +48,7 @@ def base_class(cls: type) -> type:
 
 def rebuild(cls: type) -> Any:
     """An empty instance for `copy` and `pickle` to fill."""
-    adapted = adapted_class(cls)
+    adapted: Any = adapted_class(cls)
     return adapted.__new__(adapted)
 
 
