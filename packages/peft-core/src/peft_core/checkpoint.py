@@ -8,6 +8,7 @@ the tensors' file: that file alone is a checkpoint, and its rename is the moment
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -276,7 +277,14 @@ def _serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> byte
             tensor.clone(memory_format=torch.contiguous_format) if storage in seen else tensor.contiguous()
         )
         seen.add(storage)
-    return bytes(serialise(separate, metadata))
+    content = memoryview(serialise(separate, metadata))
+    # The library puts the metadata in an order of chance; equal adapters should give equal files.
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8:end]))
+    ordered = {**header, "__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, content[end:]))
 
 
 def _finish_interrupted(directory: Path, alone: bool) -> None:
@@ -491,13 +499,14 @@ def _hint_subfolders(directory: Path, limit: int = 1000) -> str:
 
 
 def _is_pickle(path: Path) -> CheckpointError:
+    convert = (
+        "import torch, safetensors.torch as s; "
+        f"t = torch.load({path.name!r}, map_location='cpu', weights_only=True); "
+        f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, {WEIGHTS!r}, {{'format': 'pt'}})"
+    )
     return CheckpointError(
-        f"{path}: a pickle, which can run any code when it is opened, so this library never does. If "
-        "you trust where "
-        'it came from, convert it once: python -c "import torch, safetensors.torch as s; s.save_file({k: '
-        f"v.contiguous() for k, v in torch.load({path.name!r}, map_location='cpu', "
-        "weights_only=True).items()}}, "
-        f"{WEIGHTS!r}, metadata={{'format': 'pt'}})\""
+        f"{path}: a pickle, which can run any code when it is opened, so this library never does. If you "
+        f'trust where it came from, convert it once, in its directory: python -c "{convert}"'
     )
 
 

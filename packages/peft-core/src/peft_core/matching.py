@@ -164,7 +164,7 @@ def _hint(key: str, report: LoadReport, index: int) -> str:
 
 def _renamed(file: AdapterFile, report: LoadReport, expected: Mapping[str, Tensor]) -> str:
     """Say so where one change of a prefix turns every missing key into an unexpected one of its shape."""
-    if not report.missing or not report.unexpected:
+    if len(report.missing) < 2 or not report.unexpected:  # One alone gets a suggestion.
         return ""
     first, unexpected = report.missing[0], set(report.unexpected)
     parts = first.split(".")
@@ -180,8 +180,7 @@ def _renamed(file: AdapterFile, report: LoadReport, expected: Mapping[str, Tenso
                 for key, other in moved.items()
             ):
                 return (
-                    f"All {len(moved)} missing tensors are there under another name: {named(new)} in "
-                    "the file is "
-                    f"{named(old)} here. Did you load it on a model with other module names?"
+                    f"All {len(moved)} missing tensors are there under another name: {named(candidate)} "
+                    f"in the file is {named(first)} here. Does this model name its modules otherwise?"
                 )
     return ""
