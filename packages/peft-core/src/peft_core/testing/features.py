@@ -190,18 +190,15 @@ class Features(Setup):
             f"imported: {heavy}",
             f"the imports of {module}: move them into the function that needs them",
         )
-        package = module.partition(".")[0]
-        parents = {".".join(module.split(".")[: n + 1]) for n in range(module.count(".") + 1)}
-        siblings = sorted(
-            other for other in imported
-            if other.startswith(package + ".") and other not in parents | set(self.siblings)
-            and not other.startswith(module + ".")
-        )  # fmt: skip
+        others = {entry.module for entry in entries(METHODS)} - {module, *self.siblings}
+        siblings = sorted(others & imported)
         check(
             not siblings,
-            "loading a method imports no other module of its package, so that a broken one harms nobody else",
+            "loading a method imports no other method, so that a broken one harms nobody else",
             f"imported: {siblings}",
-            f"{package}/__init__.py: re-export lazily (PEP 562); or list what the method needs in `siblings`",
+            f"the package's __init__: re-export lazily (PEP 562); the imports of {module}; or name what the "
+            "method "
+            "needs in `siblings`",
         )
 
     # -- a language model ------------------------------------------------------------------------------------

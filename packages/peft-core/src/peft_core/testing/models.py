@@ -114,9 +114,10 @@ def seeded(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64, se
     return module.to(dtype).eval()
 
 
-def token_ids(rows: int = 4, seed: int = 0) -> Tensor:
-    """Token ids (rows, TIME); the padding token among them."""
+def token_ids(rows: int = 4, seed: int = 0, padding: bool = True) -> Tensor:
+    """Token ids (rows, TIME), the padding token among them or not."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, VOCABULARY, (rows, TIME), generator=generator)
-    ids[0, -1] = 0
+    if padding:
+        ids[0, -1] = 0
     return ids

@@ -46,8 +46,12 @@ class Setup:
     rounding is of the order of 1e-15 and a thousand additions stay below 1e-12; raise it only for maths that
     is itself an approximation."""
 
+    neutral_at_start: ClassVar[bool] = True
+    """Whether an adapter at its start also leaves adapters further in as they are; False where its start
+    values are taken from the layer's own weights (their norms, say)."""
+
     siblings: ClassVar[Collection[str]] = ()
-    """Modules of the method's own package that its module needs, for instance ("acme.shared",)."""
+    """Modules of other methods that the method's module needs, for instance ("acme.other",)."""
 
     plugin: ClassVar[object | None] = None
     """The method's module or object where it is not installed: registered while a test runs."""
@@ -144,15 +148,17 @@ def record(model: nn.Module, name: str) -> AdapterRecord:
 def trained(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The tensors of an adapter that train, by a name that tells where each is."""
     adapter = record(model, name)
-    places = {
-        id(module): request.path
-        for request, root in zip(adapter.requests, adapter.adapters, strict=True)
-        for module in root.modules()
-    }
+    places: dict[int, str] = {}
+    for request, root in zip(adapter.requests, adapter.adapters, strict=True):
+        for inner, module in root.named_modules():
+            where = ":".join(part for part in (request.path, request.part, inner) if part)
+            places.setdefault(id(module), where)
     found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
     for owner, attribute in adapter.learned:
         parameter = getattr(owner, attribute)
-        if not any(parameter is other for other in found.values()):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
             found[f"{places.get(id(owner), 'shared')}.{attribute}"] = parameter
     return found
 
