@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from .config import parse_json
-from .discovery import shown
 from .errors import CheckpointError, CheckpointMismatchError
+from .suggest import shown
 
 # The limit of the format's reference implementation.
 MAX_HEADER = 100_000_000

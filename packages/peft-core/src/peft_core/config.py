@@ -11,10 +11,7 @@ come from a newer or another writer: an unknown key passes if it is switched off
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -24,15 +21,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from .errors import ConfigError
 from .files import write_atomically
-from .suggest import did_you_mean
+from .plain_data import NotPlainError, dump_json, hashable, parse_json, read_json, to_plain, type_name
+from .suggest import did_you_mean, shown
 
 CONFIG_NAME = "adapter_config.json"
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
-# Limits on a config file. The largest known ones, with all target paths of large models, have some 100 kB.
-MAX_BYTES = 1 << 20
-MAX_DEPTH = 16
-MAX_ITEMS = 1 << 16
 
 SelfConfig = TypeVar("SelfConfig", bound="AdapterConfig")
 
@@ -115,7 +108,7 @@ class AdapterConfig(BaseModel):
         if isinstance(obj, cls):
             return obj
         if not isinstance(obj, Mapping):
-            raise ConfigError(f"{cls.__name__} is built from a mapping of fields, not from {_short(obj)}")
+            raise ConfigError(f"{cls.__name__} is built from a mapping of fields, not from {shown(obj)}")
         return cls(**obj)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -128,7 +121,7 @@ class AdapterConfig(BaseModel):
         raise ConfigError(f"{type(self).__name__}.{name} cannot be deleted: configs are frozen.")
 
     def __hash__(self) -> int:
-        return hash((type(self), _hashable(self.__dict__)))
+        return hash((type(self), hashable(self.__dict__)))
 
     # ---- files
 
@@ -170,14 +163,14 @@ class AdapterConfig(BaseModel):
         Raises `ConfigError` for a value that does not fit and for a key that is active but unknown.
         """
         if not isinstance(data, Mapping):
-            raise ConfigError(f"{source}: a config is a mapping of keys to values, not {_short(data)}")
+            raise ConfigError(f"{source}: a config is a mapping of keys to values, not {shown(data)}")
         own = getattr(cls, "peft_type", None)
         found = data.get("peft_type")
         if own is None:
             return cast("type[SelfConfig]", _config_class(found, source)).from_dict(data, source=source)
         if found is not None and found != own:
             raise ConfigError(
-                f"{source}: peft_type is {_short(found)}, and {cls.__name__} reads {own!r}. "
+                f"{source}: peft_type is {shown(found)}, and {cls.__name__} reads {own!r}. "
                 "Use AdapterConfig.from_pretrained, which picks the class from the file."
             )
         values = cls.translate({key: value for key, value in data.items() if key != "peft_type"})
@@ -188,8 +181,8 @@ class AdapterConfig(BaseModel):
                 known[key] = value
             elif not (_off(value) or cls._is_inert(key, value)):
                 problems.append(
-                    f"{_short(key)}: {cls.__name__} has no such option, and the file switches it on "
-                    f"({_short(value)}). Ignoring it would give other numbers than the writer's. Install a "
+                    f"{shown(key)}: {cls.__name__} has no such option, and the file switches it on "
+                    f"({shown(value)}). Ignoring it would give other numbers than the writer's. Install a "
                     "version of the method's package that knows it, or remove the key if it is harmless."
                     + did_you_mean(str(key), cls.model_fields)
                 )
@@ -307,78 +300,6 @@ class TargetedConfig(AdapterConfig):
         return {key: value for key, value in data.items() if not (key in optional and _off(value))}
 
 
-# ---- reading and writing JSON
-
-
-def dump_json(data: Mapping[str, Any]) -> str:
-    """Return JSON text with sorted keys. Only the top level is sorted: in a mapping of patterns the first hit
-    counts, so the order of its keys is data. Raises `ValueError` for what JSON cannot hold."""
-    ordered = {key: data[key] for key in sorted(data)}
-    return json.dumps(ordered, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object from a file of unknown origin. Raises `ConfigError`, naming the file.
-
-    Refused: more than `MAX_BYTES`, nesting beyond `MAX_DEPTH`, containers of more than `MAX_ITEMS` entries,
-    repeated keys (readers disagree about which one counts), NaN and infinities, and anything but an object.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{os.fspath(path)}: cannot be read: {error}") from error
-    return parse_json(content, source=os.fspath(path))
-
-
-def parse_json(content: bytes, *, source: str) -> dict[str, Any]:
-    """Parse the bytes of a JSON object under the limits of `read_json`; `source` names them in errors."""
-    if len(content) > MAX_BYTES:
-        raise ConfigError(f"{source}: larger than {MAX_BYTES} bytes; no adapter config is.")
-
-    def refuse(what: str) -> Any:
-        raise ConfigError(f"{source}: {what}")
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in items:
-            if key in found:
-                refuse(f"the key {_short(key)} appears twice in one object")
-            found[key] = value
-        return found
-
-    def number(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
-            refuse(f"the number {_short(text)} is too large")
-        return value
-
-    try:
-        data = json.loads(
-            content.decode("utf-8"),
-            object_pairs_hook=pairs,
-            parse_constant=lambda text: refuse(f"{text} is not a JSON value"),
-            parse_float=number,
-        )
-    except ConfigError:
-        raise
-    except RecursionError:
-        raise ConfigError(f"{source}: nested deeper than {MAX_DEPTH} levels") from None
-    except ValueError as error:  # Malformed JSON, malformed UTF-8, or an integer of thousands of digits.
-        raise ConfigError(f"{source}: not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{source}: the file holds {_short(data)}, not a JSON object")
-    level: list[Any] = [data]
-    for _ in range(MAX_DEPTH):
-        if any(len(container) > MAX_ITEMS for container in level):
-            raise ConfigError(f"{source}: a list of more than {MAX_ITEMS} entries")
-        inner = (value for item in level for value in (item.values() if isinstance(item, dict) else item))
-        level = [value for value in inner if isinstance(value, (dict, list))]
-        if not level:
-            return data
-    raise ConfigError(f"{source}: nested deeper than {MAX_DEPTH} levels")
-
-
 # ---- validation
 
 
@@ -392,8 +313,8 @@ def _validate(
     unusable: set[str] = set()
     for name, value in data.items():
         try:
-            plain[name] = _plain(value, name)
-        except _NotPlain as error:
+            plain[name] = to_plain(value, name)
+        except NotPlainError as error:
             unusable.add(name)
             lines.append(str(error))
     try:
@@ -406,59 +327,6 @@ def _validate(
         origin = f"{where}: " if where else ""
         count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise ConfigError(f"{origin}{count} in {cls.__name__}:\n" + "\n".join(f"  {line}" for line in lines))
-
-
-class _NotPlain(ValueError):
-    """A value has no JSON form."""
-
-
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Return `value` as JSON data: sets as sorted lists, NumPy scalars as Python's, enums as their values."""
-    if isinstance(value, enum.Enum):
-        value = value.value
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise _NotPlain(f"{where}: {_short(value)} holds half a surrogate pair; no file can") from None
-        return str(value)
-    if isinstance(value, int):
-        if abs(value) >= 1 << 63:
-            raise _NotPlain(f"{where}: {_short(value)} does not fit 64 bits")
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise _NotPlain(f"{where}: {float(value)} is not a finite number")
-        return float(value)
-    if isinstance(value, os.PathLike):
-        return _plain(os.fspath(value), where, depth)
-    if depth >= MAX_DEPTH:
-        raise _NotPlain(f"{where}: nested deeper than {MAX_DEPTH} levels, or containing itself")
-    if isinstance(value, BaseModel):
-        value = {name: getattr(value, name) for name in type(value).model_fields}
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise _NotPlain(f"{where}: the key {_short(key)} is not a string")
-        return {str(key): _plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
-    if isinstance(value, (Set, list, tuple)):
-        items = [_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
-        return sorted(items, key=lambda item: (str(type(item)), item)) if isinstance(value, Set) else items
-    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
-        try:
-            scalar = value.item()
-        except (RuntimeError, TypeError, ValueError):  # A tensor without data.
-            scalar = None
-        if isinstance(scalar, (bool, int, float, str)):
-            return _plain(scalar, where, depth)
-    raise _NotPlain(
-        f"{where}: {_short(value)} is a {_type_name(value)}, which a config file cannot hold; "
-        "give a string, a number, a boolean, or lists and mappings of these"
-    )
 
 
 def _readable(cls: type[AdapterConfig], error: ValidationError, skip: Set[str]) -> Iterable[str]:
@@ -485,7 +353,7 @@ def _readable(cls: type[AdapterConfig], error: ValidationError, skip: Set[str]) 
     for field, (messages, given) in by_field.items():
         line = f"{field}: {', or '.join(messages)}"
         plain = field in cls.model_fields and not messages[0].startswith("this field is required")
-        yield line + (f" (got {_short(given)}, a {_type_name(given)})" if plain else "")
+        yield line + (f" (got {shown(given)}, a {type_name(given)})" if plain else "")
 
 
 def _is_key(item: Any, part: str | int) -> bool:
@@ -496,7 +364,7 @@ def _is_key(item: Any, part: str | int) -> bool:
 def _config_class(peft_type: object, source: str) -> type[AdapterConfig]:
     """Find the class that reads a `peft_type`, by the installed methods. Raises `ConfigError`."""
     if not isinstance(peft_type, str) or not peft_type:
-        raise ConfigError(f"{source}: peft_type is {_short(peft_type)}; it names the method of an adapter.")
+        raise ConfigError(f"{source}: peft_type is {shown(peft_type)}; it names the method of an adapter.")
     from .methods import load_method
 
     return load_method(peft_type.lower()).config_class
@@ -505,32 +373,6 @@ def _config_class(peft_type: object, source: str) -> type[AdapterConfig]:
 def _off(value: object) -> bool:
     """Whether a file's value says that an option is not used. Zero does not: it may be a setting."""
     return value is None or value is False or (isinstance(value, (str, list, tuple, dict)) and not value)
-
-
-def _short(value: object, limit: int = 80) -> str:
-    """A value for an error message: never long, whatever a file holds."""
-    if isinstance(value, (str, bytes)):
-        value = value[: limit + 1]
-    elif isinstance(value, (list, tuple, dict)) and len(value) > limit:
-        return f"a {type(value).__name__} of {len(value)} entries"
-    try:
-        text = repr(value)
-    except Exception:  # A broken `__repr__`, or an integer of too many digits, must not hide the error.
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _type_name(value: object) -> str:
-    cls = type(value)
-    return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return frozenset((key, _hashable(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(_hashable(item) for item in value)
-    return value
 
 
 __all__ = [

@@ -27,7 +27,7 @@ from .errors import (
     MethodNotFoundError,
     MethodVersionError,
 )
-from .suggest import did_you_mean
+from .suggest import did_you_mean, shown
 
 METHODS = "peft_core.methods"
 EXTENSIONS = "peft_core.extensions"
@@ -70,12 +70,6 @@ class Entry:
         """The plugin as error messages name it."""
         kind = "method" if self.group == METHODS else "extension"
         return f"{kind} {self.name!r} ({self.source}, {self.value})"
-
-
-def shown(value: object, limit: int = 100) -> str:
-    """`repr` cut to a length that cannot flood a message: names may come from files."""
-    text = repr(value[: limit + 1] if isinstance(value, str) else value)
-    return text if len(text) <= limit else text[:limit] + "…"
 
 
 @functools.cache

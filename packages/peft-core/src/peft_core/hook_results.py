@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .discovery import shown
 from .errors import MethodContractError, PeftError
+from .suggest import shown
 
 if TYPE_CHECKING:
     from .methods import Method

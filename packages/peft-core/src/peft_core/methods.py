@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from . import discovery
-from .discovery import METHODS, Entry, Source, shown
+from .discovery import METHODS, Entry, Source
 from .errors import (
     MethodClashError,
     MethodContractError,
@@ -32,6 +32,7 @@ from .plugin_manager import (
     new_manager,
     register,
 )
+from .suggest import shown
 
 if TYPE_CHECKING:
     from .config import AdapterConfig
