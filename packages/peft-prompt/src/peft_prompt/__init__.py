@@ -1,1 +1,1 @@
-"""Prompt methods for peft-core. It holds no method yet: prompt tuning, prefix tuning and P-tuning are planned."""
+"""Prompt methods for peft-core. It holds no method yet: prompt tuning and its relatives are planned."""
