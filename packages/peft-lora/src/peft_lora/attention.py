@@ -44,6 +44,7 @@ class LoraAttention(WeightAdapter):
             )
         d = layer.embed_dim
         self.settings = settings
+        self.starts_as_base = settings.init is not False
         self.scaling = settings.scaling
         self.lora_A = layer.parameter(settings.r, d)
         self.lora_B = layer.parameter(3 * d, settings.r)

@@ -31,6 +31,7 @@ class LoraConv(DeltaAdapter):
                 f"its {layer.groups} groups do not divide the rank {settings.r}; choose another rank"
             )
         self.settings = settings
+        self.starts_as_base = settings.init is not False
         self.scaling = settings.scaling
         ones = (1,) * len(layer.kernel_size)
         self.lora_A = layer.parameter(settings.r, layer.in_features, *layer.kernel_size)

@@ -9,6 +9,8 @@ The sum W + sBA is never formed. With g = m / ‖W + sBA‖ the output is g ∘ 
 
 where the first term is constant while the base is, and the others cost as much as r more inputs.
 
+Stacked with other adapters it adds its change of the layer's own weight, g ∘ (W + sBA) - W, to theirs.
+
 "Rows" are the weight's outputs: rows of a linear layer, kernels of a convolution, columns of an "
 "embedding's table.
 """
@@ -42,6 +44,7 @@ class Dora(Adapter):
     def __init__(self, layer: BaseLayer, lora: Lora) -> None:
         super().__init__(layer)
         self.lora = lora
+        self.starts_as_base = lora.starts_as_base
         if isinstance(layer, ConvLayer):
             if layer.groups > 1:
                 raise layer.refuse(
@@ -68,29 +71,30 @@ class Dora(Adapter):
     def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
         x: Tensor = args[0]
         out: Tensor = base(*args, **kwargs)
-        weight, bias = _below(base)
-        gain = self._gain(base, weight, out)
-        bias = None if bias is None else as_compute(bias, out).view(self.channels)
-        if self.lora.dropout is None or not self.training:
+        params = self.layer.params()
+        gain = self._gain(params["weight"], out)
+        rest = as_compute(params["bias"], out).view(self.channels) * (1 - gain) if "bias" in params else None
+        dropout = self.lora.dropout if self.training else None
+        if dropout is None and not base.inner:
             moved = self.lora.add(out, x)
-            # g (out - b + ...) + b, in one operation.
-            return moved * gain if bias is None else torch.addcmul(bias * (1 - gain), moved, gain)
-        # Section 4.3 of the paper with dropout: base(x) in full, and the change, (g - 1) W + g s B A, of the
-        # dropped-out input.
-        dropped = self.lora.dropout(x)
-        through = base(dropped, *args[1:], **kwargs)
-        moved = self.lora.add(through, dropped)
-        change = moved * gain - through
-        return out + (change if bias is None else change + bias * (1 - gain))
+            # g (out - b + s B A x) + b
+            return moved * gain if rest is None else torch.addcmul(rest, moved, gain)
+        # The change alone, (g - 1) W x + g s B A x: of the dropped-out input (section 4.3 of the paper), or
+        # on top of what other adapters make of the layer.
+        if dropout is not None:
+            x = dropout(x)
+        through = self.layer.module(x, *args[1:], **kwargs)
+        change = self.lora.add(through, x) * gain - through
+        return out + (change if rest is None else change + rest)
 
     def merge(self, params: Params) -> Params:
-        merged = self.lora.merge(params)
-        weight = merged["weight"]
-        by_row = self._by_row(weight)
-        norm = torch.linalg.vector_norm(by_row.flatten(1), dim=1)
+        weight = params["weight"]
+        own = self.layer.params()["weight"].to(weight.dtype)
+        moved = self.lora.merge({"weight": own})["weight"]
+        norm = torch.linalg.vector_norm(self._by_row(moved).flatten(1), dim=1).detach()
         gain = as_compute(self.lora_magnitude_vector, weight).flatten() / norm
-        shape = (-1,) if by_row is not weight else (-1, *(1,) * (weight.dim() - 1))
-        return {**merged, "weight": weight * gain.view(shape)}
+        shape = (-1,) if isinstance(self.lora, LoraEmbedding) else (-1, *(1,) * (weight.dim() - 1))
+        return {**params, "weight": weight + (moved * gain.view(shape) - own)}
 
     def norm(self, weight: Tensor, squares: Tensor | None = None) -> Tensor:
         """‖W + sBA‖ by row, (out,) in float32 or wider, without a graph; `squares` are ‖W‖² where they are
@@ -106,20 +110,21 @@ class Dora(Adapter):
             rest = ((2 * s) * cross + (s * s) * (b @ (a @ a.t()))) * b
             # Rounding must not make it negative where the sum is next to nothing.
             total = squares + rest.sum(1)
-            return cast(Tensor, total.clamp_min(torch.finfo(total.dtype).tiny).sqrt())
+            return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
 
     def squares(self, weight: Tensor) -> Tensor:
         """‖W‖² by row."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return torch.linalg.vector_norm(self._by_row(weight).flatten(1), dim=1, dtype=dtype).square()
+        norms: Tensor = torch.linalg.vector_norm(self._by_row(weight).flatten(1), dim=1, dtype=dtype)
+        return norms.square()
 
-    def _gain(self, base: Link, weight: Tensor, like: Tensor) -> Tensor:
+    def _gain(self, weight: Tensor, like: Tensor) -> Tensor:
         """g = m / ‖W + sBA‖, shaped to broadcast over the layer's output; the gradient reaches m alone."""
         squares = None
-        if not base.inner and not torch.compiler.is_compiling():
-            owner = base.layer.module._parameters.get("weight")
-            if owner is not None and not owner.is_inference():  # those count no versions
-                squares = self._norms.of(owner, lambda: self.squares(weight))
+        owner = self.layer.module._parameters.get("weight")
+        # Inference tensors count no versions; and a graph is compiled once for all values.
+        if owner is not None and not torch.compiler.is_compiling() and not owner.is_inference():
+            squares = self._norms.of(owner, lambda: self.squares(weight))
         norm = self.norm(weight, squares)
         gain = self.lora_magnitude_vector.flatten() / norm.to(self.lora_magnitude_vector.dtype)
         return as_compute(gain, like).view(self.channels)
@@ -134,12 +139,6 @@ def _a(lora: Lora) -> Tensor:
 
 def _b(lora: Lora) -> Tensor:
     return lora.lora_embedding_B if isinstance(lora, LoraEmbedding) else lora.lora_B
-
-
-def _below(base: Link) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of everything further in."""
-    params = base.params()
-    return params["weight"], params.get("bias")
 
 
 class _Norms:

@@ -30,6 +30,7 @@ class LoraEmbedding(DeltaAdapter):
                 "it renormalises its rows when they are read (max_norm), which leaves no merged form"
             )
         self.settings = settings
+        self.starts_as_base = settings.init is not False
         self.scaling = settings.scaling
         self.lora_embedding_A = layer.parameter(settings.r, layer.num_embeddings)
         self.lora_embedding_B = layer.parameter(layer.embedding_dim, settings.r)

@@ -23,6 +23,7 @@ class LoraLinear(DeltaAdapter):
         super().__init__(layer)
         in_features, out_features = _sizes(layer)
         self.settings = settings
+        self.starts_as_base = settings.init is not False
         self.scaling = settings.scaling
         self.lora_A = layer.parameter(settings.r, in_features)
         self.lora_B = layer.parameter(out_features, settings.r)

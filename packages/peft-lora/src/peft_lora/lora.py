@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from peft_core.adapter import Adapter
 from peft_core.errors import ConfigError, TargetError
 from peft_core.hookspecs import hookimpl
-from peft_core.layers import AttentionLayer, BaseLayer, ConvLayer, EmbeddingLayer, LinearLayer, SiteRequest
+from peft_core.layers import (
+    AttentionLayer,
+    BaseLayer,
+    ConvLayer,
+    EmbeddingLayer,
+    LinearLayer,
+    SiteRequest,
+    is_conv1d,
+)
+from peft_core.tree import walk
 
 from .attention import LoraAttention
 from .biases import own_bias
@@ -42,6 +51,25 @@ def peft_config() -> type[LoraConfig]:
 
 
 @hookimpl
+def peft_resolve(config: LoraConfig, model: nn.Module, matched: Sequence[str]) -> LoraConfig | None:
+    """Other readers go by `fan_in_fan_out`: say there how the matched layers store their weights."""
+    modules = dict(walk(model).modules)
+    found = [(path, modules[path]) for path in matched]
+    transposed = any(is_conv1d(module) for _, module in found)
+    linear = [(path, module) for path, module in found if isinstance(module, nn.Linear)]
+    if config.fan_in_fan_out and linear and not transposed:
+        path, module = linear[0]
+        warnings.warn(
+            f"fan_in_fan_out=True, but {path} ({type(module).__name__}) stores its weight as (out, in). How "
+            "a layer stores its weight is seen from the layer; the setting is taken as False.",
+            stacklevel=2,
+        )
+    elif config.fan_in_fan_out == transposed or not (transposed or linear):
+        return None
+    return config.resolve(fan_in_fan_out=transposed)
+
+
+@hookimpl
 def peft_sites(config: LoraConfig, model: nn.Module, matched: Sequence[str]) -> list[SiteRequest]:
     return extra_sites(config, model, matched)
 
@@ -69,14 +97,6 @@ def peft_prepare(config: LoraConfig, layers: Sequence[BaseLayer], shared: nn.Mod
             raise TargetError(
                 "ensure_weight_tying: two tied layers cannot have norms in common; leave out use_dora"
             )
-    linear = [layer for layer in whole if layer.kind == "linear"]
-    if config.fan_in_fan_out and linear and not any(getattr(layer, "transposed", False) for layer in linear):
-        warnings.warn(
-            f"fan_in_fan_out=True, but {linear[0].path} ({type(linear[0].module).__name__}) stores its "
-            f"weight as "
-            "(out, in). The storage is seen from the layer, so the setting changes nothing; leave it out.",
-            stacklevel=2,
-        )
 
 
 @hookimpl

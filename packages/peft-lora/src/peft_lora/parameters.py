@@ -30,6 +30,7 @@ class LoraParameter(WeightAdapter):
                 f"{self.name} is {stored.dtype} of shape {tuple(stored.shape)}, not a stack of matrices"
             )
         self.settings = settings
+        self.starts_as_base = settings.init is not False
         self.scaling = settings.scaling
         self.count = stored.shape[0] if stored.dim() == 3 else 1
         self.stacked = stored.dim() == 3

@@ -99,9 +99,10 @@ def _orthogonal(a: Tensor, b: Tensor, r: int) -> None:
     """
     if r % 2:
         raise ValueError(f"the orthogonal start needs an even rank, not {r}")
-    q = torch.linalg.qr(torch.randn(r, r, device=a.device, dtype=torch.float32)).Q
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    q = torch.linalg.qr(torch.randn(r, r, device=a.device, dtype=dtype)).Q
     odd, even = q[1::2], q[0::2]  # (r/2, r) each
-    mix_a = torch.randn(a.shape[1], r // 2, device=a.device, dtype=torch.float32)
-    mix_b = torch.randn(b.shape[0], r // 2, device=b.device, dtype=torch.float32)
+    mix_a = torch.randn(a.shape[1], r // 2, device=a.device, dtype=dtype)
+    mix_b = torch.randn(b.shape[0], r // 2, device=b.device, dtype=dtype)
     a.copy_((mix_a @ odd).t() / 10)
     b.copy_((mix_b @ even) / 10)
