@@ -177,6 +177,13 @@ def test_wrong_objects_are_named():
         get_peft_model(net(), {"r": 8})
 
 
+def test_a_model_around_an_adapted_one_is_refused():
+    outer = nn.Sequential(get_peft_model(net(), UP_DOWN))
+    with pytest.raises(TargetError, match=r"0\.layers\.0\.up carries adapters of a model inside"):
+        get_peft_model(outer, UP_DOWN)
+    assert not isinstance(outer, PeftModel)
+
+
 def test_problems_come_all_at_once_and_before_anything_changes():
     model = net()
     before = digest(model)

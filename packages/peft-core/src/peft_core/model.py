@@ -8,7 +8,7 @@ know.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, status
 from .config import AdapterConfig
-from .errors import AdapterNameError, MergeError, PeftError
+from .errors import AdapterNameError, CheckpointError, MergeError, PeftError
 from .inject import detach
 from .lifecycle import activate_records, checked_draft, install, leave, note_ties, require_unmerged
 from .loading import load_into
@@ -40,6 +40,8 @@ def get_peft_model(
     *,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
+    mixed: bool = False,
+    low_cpu_mem_usage: bool = False,
 ) -> Any:
     """Adapt `model` in place and return it, its base frozen and the new adapter active and trainable.
 
@@ -48,6 +50,8 @@ def get_peft_model(
         autocast_adapter_dtype: keep the adapters of half-precision layers in float32. They compute in the layer's
             dtype either way.
         revision: noted in the config that is saved.
+        mixed, low_cpu_mem_usage: accepted from callers that pass them; methods always mix, and tensors that a file
+            will fill are never initialised.
 
     Raises:
         TargetError: the config does not fit the model; all problems are listed, and nothing was changed.
@@ -282,14 +286,17 @@ class PeftModel:
         *,
         selected_adapters: Sequence[str] | None = None,
         is_main_process: bool = True,
-        **kwargs: Any,
+        safe_serialization: bool = True,
+        state_dict: Mapping[str, Any] | None = None,
     ) -> None:
         """Write adapters, and nothing of the base: `default` into the directory, others into folders of their name.
 
-        Other keyword arguments (those of transformers' `save_pretrained`) are accepted for its callers.
+        `state_dict`, which transformers' callers pass, is not needed: every adapter knows its tensors.
 
         Raises `CheckpointError` where the files cannot be written; the directory then holds what it held before.
         """
+        if not safe_serialization:
+            raise CheckpointError("adapters are written as safetensors only; leave out safe_serialization=False")
         state = self._peft
         records = [state.record(name) for name in (state.adapters if selected_adapters is None else selected_adapters)]
         if not is_main_process:
@@ -368,7 +375,7 @@ def _load(model: nn.Module, path: Any, name: str, *, activate: bool, **kwargs: A
     checkpoint.check_name(name)
     if isinstance(model, PeftModel):
         require_unmerged(model._peft, "loading an adapter")
-    return load_into(model, path, name, activate=activate, install=install, **kwargs)
+    return load_into(model, path, name, activate=activate, **kwargs)
 
 
 def _names_to_merge(state: PeftState, names: Sequence[str] | None) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from .config import AdapterConfig, TargetedConfig
 from .errors import PeftError, TargetError
 from .layers import BaseLayer, SiteRequest, layer_of
 from .methods import Method, load_method
-from .records import AdapterRecord
+from .records import AdapterRecord, PeftState
 from .saved_modules import SavedModule, saved_module_requests
 from .targets import Selection, select
 from .tree import Tree, base_parameters, walk
@@ -73,6 +73,13 @@ def draft(
     """
     method = method or method_of(config)
     tree = walk(model)
+    state: PeftState | None = model.__dict__.get("_peft")
+    for path, site in tree.sites.items():
+        if state is None or site._routing is not state.routing:
+            raise TargetError(
+                f"{path} carries adapters of a model inside this one, which has its own switches; adapt one of the two "
+                "models, or call unload() on the inner one first"
+            )
     requests, config, problems = _select(model, tree, method, config, trusted)
     layers: list[BaseLayer] = []
     kept: list[SiteRequest] = []

@@ -15,10 +15,11 @@ SHARED = "_peft_shared"
 
 @dataclass
 class Tree:
-    """Base modules by path, and every place (parent, attribute) each one is registered at."""
+    """Base modules by path, every place (parent, attribute) each one is registered at, and the sites."""
 
     modules: list[tuple[str, nn.Module]] = field(default_factory=list)
     places: dict[int, list[tuple[nn.Module, str]]] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
 
     def module(self, path: str) -> nn.Module | None:
         """The base module at `path`, or None."""
@@ -57,7 +58,10 @@ def walk(model: nn.Module) -> Tree:
         for name, child in module._modules.items():
             if child is None or (name == SHARED and module is model):
                 continue
-            base = child.base_layer if isinstance(child, Site) else child
+            base = child
+            if isinstance(child, Site):
+                tree.sites[dot + name] = child
+                base = child.base_layer
             tree.places.setdefault(id(base), []).append((module, name))
             children.append((dot + name, base))
         stack.extend(reversed(children))
