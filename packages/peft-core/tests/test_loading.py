@@ -155,3 +155,25 @@ def test_half_precision_bases_keep_float32_adapters(saved):
     assert model(IDS).dtype == torch.bfloat16
     low = PeftModel.from_pretrained(net().to(torch.bfloat16), path, autocast_adapter_dtype=False)
     assert {t.dtype for t in get_peft_model_state_dict(low).values()} == {torch.bfloat16}
+
+
+def test_replacing_takes_the_files_config_even_where_shapes_agree(saved):
+    path, expected = saved
+    model = get_peft_model(net(), CONFIG.resolve(scale=2.0))
+    model.load_adapter(path, "default", replace=True, is_trainable=True)
+    assert model.peft_config["default"].scale == 0.5 and torch.equal(model(IDS), expected)
+    assert all(p.requires_grad for p in model._peft.adapters["default"].parameters())
+
+
+def test_adapters_are_loaded_to_where_the_layers_are(saved):
+    path, expected = saved
+    with pytest.raises(CheckpointError, match="torch_device='meta'.*cpu"):
+        PeftModel.from_pretrained(net(), path, torch_device="meta")
+    assert torch.equal(PeftModel.from_pretrained(net(), path, torch_device="cpu")(IDS), expected)
+
+
+def test_pickled_files_are_not_written(saved, tmp_path):
+    model = PeftModel.from_pretrained(net(), saved[0])
+    with pytest.raises(CheckpointError, match="safetensors only"):
+        model.save_pretrained(tmp_path / "new", safe_serialization=False)
+    assert not (tmp_path / "new").exists()

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from . import checkpoint
 from .checkpoint import AdapterFile, LoadReport
 from .config import AdapterConfig
-from .errors import AdapterNameError, CheckpointMismatchError
+from .errors import AdapterNameError, CheckpointError, CheckpointMismatchError
 from .layers import SiteRequest
+from .lifecycle import install, state_of
 from .methods import Method, load_method
 from .planning import META, Draft, build, draft
-from .records import AdapterRecord, PeftState
+from .records import AdapterRecord
 from .transaction import Undo
 from .tree import base_parameters
 
@@ -26,7 +27,6 @@ def load_into(
     path: str | os.PathLike[str],
     name: str,
     *,
-    install: Callable[..., None],
     activate: bool,
     is_trainable: bool = False,
     replace: bool = False,
@@ -35,9 +35,16 @@ def load_into(
     autocast_adapter_dtype: bool = True,
     subfolder: str | None = None,
     revision: str | None = None,
+    torch_device: str | torch.device | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> LoadReport:
     """Read, match, build and install one adapter; see `PeftModel.load_adapter`."""
-    state: PeftState | None = getattr(model, "_peft", None)
+    if torch_device is not None and torch.device(torch_device) != _device(model):
+        raise CheckpointError(
+            f"torch_device={str(torch_device)!r}: an adapter is loaded to where its layers are, {_device(model)}; move "
+            "the model, or leave the argument out"
+        )
+    state = state_of(model)
     present = state.adapters.get(name) if state else None
     if present is not None and not replace:
         raise AdapterNameError(
@@ -50,7 +57,7 @@ def load_into(
         resolved = resolved.resolve(inference_mode=not is_trainable)
     else:
         resolved = config
-    if present is not None and present.method is method:
+    if present is not None and present.method is method and _same_function(present.config, resolved):
         expected = checkpoint.collect(present)
         if {k: (tuple(v.shape)) for k, v in expected.items()} == {k: s for k, (s, _) in file.shapes.items()}:
             _refill(model, present, file)
@@ -139,6 +146,18 @@ def _refill(model: nn.Module, record: AdapterRecord, file: AdapterFile) -> None:
         for key, tensor in checkpoint.collect(record).items():
             undo.add(lambda tensor=tensor, old=tensor.data: setattr(tensor, "data", old))  # type: ignore[misc]
             tensor.data = values[key].to(device=tensor.device, dtype=tensor.dtype)
+
+
+def _same_function(first: AdapterConfig, second: AdapterConfig) -> bool:
+    """Whether two configs ask for the same computation of the same tensors, in whatever order names are given."""
+    one, other = (
+        {k: _unordered(v) for k, v in c.to_dict().items() if k not in checkpoint.EDITABLE} for c in (first, second)
+    )
+    return one == other
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value, key=repr) if isinstance(value, list) else value
 
 
 def _by_module(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, dict[str, Tensor]]:

@@ -1,8 +1,9 @@
 """transformers' `Trainer`, unmodified: adapters in its resume and best-model steps.
 
-`Trainer` saves through `model.save_pretrained`, so its checkpoints hold adapters alone; but it reads them back only
-into models of another library. For our models these two steps load the adapters instead; for every other model they
-are what they were. Set `PEFT_CORE_TRAINER=0` before the first adapter is made to leave `Trainer` alone.
+`Trainer` saves through `model.save_pretrained`, so its checkpoints hold adapters alone; but it reads them
+back only into models of another library. For our models these two steps load the adapters instead; for every
+other model they are what they were. Set `PEFT_CORE_TRAINER=0` before the first adapter is made to leave
+`Trainer` alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import WEIGHTS
+from .errors import CheckpointError
 
 _MARK = "_peft_core_dispatches"
 
@@ -58,8 +60,15 @@ def _load_adapters(trainer: Any, directory: str, model: Any) -> bool:
     if not isinstance(model, PeftModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return False
     folders = {n: Path(directory) if n == "default" else Path(directory) / n for n in model.peft_config}
-    if not any((folder / WEIGHTS).is_file() for folder in folders.values()):
+    missing = [name for name, folder in folders.items() if not (folder / WEIGHTS).is_file()]
+    if len(missing) == len(folders):
         return False
+    if missing:
+        raise CheckpointError(
+            f"{directory}: the model has adapters {list(folders)}, but the checkpoint lacks {missing}. Resume "
+            "with the adapters that were saved, and add others afterwards; load_adapter(folder, name, "
+            "replace=True) takes a single one from a checkpoint"
+        )
     for name, folder in folders.items():
-        model.load_adapter(folder, name, replace=True)
+        model.load_adapter(folder, name, replace=True, is_trainable=model._peft.adapters[name].trainable)
     return True
