@@ -7,7 +7,7 @@ from peft_core.testing import CASES, MethodContract
 from peft_lora import LoraConfig
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-LINEAR = ("linear", "hf_conv1d")
+LINEAR = ("linear",)
 # With groups the adapter reads all input channels: there is no kernel of the layer that does.
 GROUPED = tuple(name for name in CASES if "groups" in name or "depthwise" in name)
 
