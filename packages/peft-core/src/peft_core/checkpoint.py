@@ -297,8 +297,7 @@ def _finish_interrupted(directory: Path, alone: bool) -> None:
     except PeftError:  # None there, or one that nobody can read: it is about to be replaced.
         entry = None
     if entry is not None and not _belongs(embedded or {}, _read_config(config, lenient=True)):
-        os.replace(entry, config)
-        files.sync_directory(directory)
+        os.replace(entry, config)  # Flushed before the next commit, together with that one's journal.
     if alone:  # Otherwise they may be a living writer's.
         for name in (WEIGHTS, CONFIG):
             for stale in files.journal(directory, name):
