@@ -144,9 +144,7 @@ def test_two_slots_of_one_key_are_an_error_that_names_both() -> None:
 # ---- writing
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_tensors_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     made = record()
     for adapter in made.adapters:
@@ -154,9 +152,7 @@ def test_tensors_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> No
     save(tmp_path / "a" / "b", made)
     with read(tmp_path / "a" / "b") as file:
         loaded = file.load(list(file.shapes))
-    assert {key: value.dtype for key, value in loaded.items()} == {
-        k: v.dtype for k, v in collect(made).items()
-    }
+    assert {key: value.dtype for key, value in loaded.items()} == {k: v.dtype for k, v in collect(made).items()}
     assert digest(made.config.to_dict(), loaded) == digest_of_record(made)
 
 
@@ -402,9 +398,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(json.dumps(GOOD_CONFIG))
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
     for source in (tmp_path, tmp_path / "adapter_model.bin"):
-        with pytest.raises(
-            CheckpointError, match=r"adapter_model\.bin: a pickle.*weights_only=True.*safetensors"
-        ):
+        with pytest.raises(CheckpointError, match=r"adapter_model\.bin: a pickle.*weights_only=True.*safetensors"):
             read(source)
     assert not (tmp_path / "exploded").exists()
 
@@ -533,9 +527,7 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     file = read(tmp_path)
     sizes: list[int] = []
     original = AdapterFile._read
-    monkeypatch.setattr(
-        AdapterFile, "_read", lambda self, at, size: sizes.append(size) or original(self, at, size)
-    )
+    monkeypatch.setattr(AdapterFile, "_read", lambda self, at, size: sizes.append(size) or original(self, at, size))
     assert list(file.load([A0])) == [A0]
     assert sizes == [2 * 6 * 4]
 
@@ -636,9 +628,7 @@ def test_keys_with_and_without_prefix_are_the_same() -> None:
         keys, report = match(file, expected)
         assert report == checkpoint.LoadReport()
         assert list(keys) == list(expected)
-        assert all(
-            theirs == (mine.removeprefix(PREFIX) if stripped else mine) for mine, theirs in keys.items()
-        )
+        assert all(theirs == (mine.removeprefix(PREFIX) if stripped else mine) for mine, theirs in keys.items())
 
 
 def test_shared_and_absolute_keys_match_in_other_spellings() -> None:
@@ -720,12 +710,8 @@ def test_a_rename_of_all_is_recognised() -> None:
 
 def test_a_near_name_is_suggested() -> None:
     expected = collect(record())
-    tensors = {
-        key.replace("lora_A", "lora_a") if key == A0 else key: value for key, value in expected.items()
-    }
-    with pytest.raises(
-        CheckpointMismatchError, match=r"lora_A\.weight' Did you mean 'base_model.*lora_a\.weight'"
-    ):
+    tensors = {key.replace("lora_A", "lora_a") if key == A0 else key: value for key, value in expected.items()}
+    with pytest.raises(CheckpointMismatchError, match=r"lora_A\.weight' Did you mean 'base_model.*lora_a\.weight'"):
         match(in_memory(tensors), expected)
 
 

@@ -192,9 +192,7 @@ def test_an_error_at_every_operation(
             # After the commit: what could be finished was, so that readers who know no journal are right too.
             assert entries(directory) == [CONFIG, WEIGHTS]
         elif start is not from_an_interrupted_save:
-            assert not [e for e in entries(directory) if e.endswith(".tmp")], (
-                f"operation {n} left files behind"
-            )
+            assert not [e for e in entries(directory) if e.endswith(".tmp")], f"operation {n} left files behind"
         save(directory, new())
         assert state_of(directory) == wanted
         assert entries(directory) == [CONFIG, WEIGHTS]
@@ -205,9 +203,7 @@ def test_an_error_at_every_operation(
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("after", [False, True])
-def test_a_dead_process_at_every_operation(
-    after: bool, start: Callable[[Path], str | None], tmp_path: Path
-) -> None:
+def test_a_dead_process_at_every_operation(after: bool, start: Callable[[Path], str | None], tmp_path: Path) -> None:
     wanted = digest_of_record(new())
     states: list[str | None] = []
     for n in itertools.count(1):
@@ -267,9 +263,7 @@ class Disk:
                     names.pop(gone, None)
                     if name:
                         names[name] = number
-                found.append(
-                    {n: b"".join(self.contents[i]) if i in self.flushed else b"" for n, i in names.items()}
-                )
+                found.append({n: b"".join(self.contents[i]) if i in self.flushed else b"" for n, i in names.items()})
         self.states.append(found)
 
     @contextmanager
@@ -381,18 +375,14 @@ for i in range(60):
 
 def possible(numbers: range) -> set[str]:
     configs = {
-        a: HandConfig(target_modules=["q_proj", "v_proj"], lora_alpha=a)
-        for n in numbers
-        for a in (10 * n, 10 * n + 1)
+        a: HandConfig(target_modules=["q_proj", "v_proj"], lora_alpha=a) for n in numbers for a in (10 * n, 10 * n + 1)
     }
     return {digest_of_record(record(alpha, config=config)) for alpha, config in configs.items()}
 
 
 def start_writer(number: int, directory: Path) -> subprocess.Popen[bytes]:
     here = [str(Path(__file__).parent), str(Path(files.__file__).parents[1])]
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(number), str(directory), *here], stdout=subprocess.PIPE
-    )
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(number), str(directory), *here], stdout=subprocess.PIPE)
 
 
 def test_processes_that_save_into_one_directory(tmp_path: Path) -> None:
@@ -404,9 +394,7 @@ def test_processes_that_save_into_one_directory(tmp_path: Path) -> None:
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"0\n"
         while any(writer.poll() is None for writer in writers):
-            assert (
-                digest_of_directory(tmp_path) in allowed
-            )  # a reader in between sees one or the other, whole
+            assert digest_of_directory(tmp_path) in allowed  # a reader in between sees one or the other, whole
             reads += 1
         assert [writer.wait() for writer in writers] == [0, 0]
     finally:
@@ -432,9 +420,7 @@ def test_a_writer_that_is_killed(tmp_path: Path) -> None:
 
 
 def test_threads_that_save_and_read_one_directory(tmp_path: Path) -> None:
-    made = [
-        record(a, config=HandConfig(target_modules=["q_proj", "v_proj"], lora_alpha=a)) for a in (1, 2, 3)
-    ]
+    made = [record(a, config=HandConfig(target_modules=["q_proj", "v_proj"], lora_alpha=a)) for a in (1, 2, 3)]
     allowed = {digest_of_record(item) for item in made}
     save(tmp_path, made[0])
     problems: list[BaseException] = []
@@ -478,9 +464,7 @@ def test_a_living_writers_files_are_left_alone(tmp_path: Path, monkeypatch: pyte
     assert digest_of_directory(tmp_path) == digest_of_record(new())
 
 
-def test_a_reader_waits_for_a_writer_between_its_renames(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_waits_for_a_writer_between_its_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, old())
     renamed, go_on = threading.Event(), threading.Event()
     original = os.replace

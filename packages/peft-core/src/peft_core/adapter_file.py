@@ -76,9 +76,7 @@ class AdapterFile:
         try:
             # Before opening: to open a pipe would wait for its writer.
             if not stat.S_ISREG(os.stat(path).st_mode):
-                raise CheckpointError(
-                    f"{self.source}: not a regular file. Give the file an adapter was saved in."
-                )
+                raise CheckpointError(f"{self.source}: not a regular file. Give the file an adapter was saved in.")
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise CheckpointError(f"{self.source}: cannot be opened: {error}") from error
@@ -117,18 +115,14 @@ class AdapterFile:
                 raise self._damaged(f"the data of {named(key)} does not start where the one before it ends")
             end = stop
         if end != size - self._offset:
-            raise self._damaged(
-                f"its tensors take {end} bytes, and the file has {size - self._offset} for them"
-            )
+            raise self._damaged(f"its tensors take {end} bytes, and the file has {size - self._offset} for them")
 
     def _parse(self, content: bytes) -> dict[str, Any]:
         def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
             found = dict(items)
             if len(found) < len(items):
                 twice = Counter(key for key, _ in items).most_common(1)[0][0]
-                raise self._damaged(
-                    f"its header has {named(twice)} twice, and readers disagree which one counts"
-                )
+                raise self._damaged(f"its header has {named(twice)} twice, and readers disagree which one counts")
             return found
 
         def refuse(text: str) -> Any:
@@ -148,9 +142,7 @@ class AdapterFile:
         fields = entry if isinstance(entry, dict) else {}
         dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
         if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(span) or len(span) != 2:
-            raise self._damaged(
-                f"the header's entry of {named(key)} is not a dtype, a shape and a span of data"
-            )
+            raise self._damaged(f"the header's entry of {named(key)} is not a dtype, a shape and a span of data")
         start, stop = span
         if len(shape) > MAX_DIMS or start > stop:
             raise self._damaged(f"the header's entry of {named(key)} has an impossible shape or span of data")
@@ -203,11 +195,7 @@ class AdapterFile:
                 f"{LAYOUT}. Upgrade it: pip install -U peft-core"
             )
         text = self.metadata.get(CONFIG_KEY)
-        return (
-            None
-            if text is None
-            else parse_json(text.encode(), source=f"{self.source} (config in its metadata)")
-        )
+        return None if text is None else parse_json(text.encode(), source=f"{self.source} (config in its metadata)")
 
     # -- tensors ---------------------------------------------------------------------------------------------
 
@@ -225,9 +213,7 @@ class AdapterFile:
             raise CheckpointMismatchError(f"{self.source}: there is no tensor {named(key)}")
         shape, name = self.shapes[key]
         if name not in DTYPES:
-            raise CheckpointMismatchError(
-                f"{self.source}: {named(key)} has the dtype {named(name)}; {SUPPORTED}"
-            )
+            raise CheckpointMismatchError(f"{self.source}: {named(key)} has the dtype {named(name)}; {SUPPORTED}")
         start, stop = self._spans[key]
         dtype = DTYPES[name]
         if start == stop:
@@ -312,9 +298,7 @@ class TensorsFile(AdapterFile):
         self.metadata = {}
         names = {dtype: name for name, dtype in DTYPES.items()}
         self._tensors = dict(tensors)
-        self.shapes = {
-            k: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for k, t in self._tensors.items()
-        }
+        self.shapes = {k: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for k, t in self._tensors.items()}
 
     def _tensor(self, key: str) -> Tensor:
         tensor = self._tensors.get(key)

@@ -84,9 +84,7 @@ def _what_is_wrong(name: object) -> str | None:
         return "it is empty"
     if len(name) > 128 or len(name.encode("utf-8", "replace")) > 255:
         return "it is too long"
-    bad = sorted(
-        {character for character in name if character in './\\:<>"|?*' or not character.isprintable()}
-    )
+    bad = sorted({character for character in name if character in './\\:<>"|?*' or not character.isprintable()})
     if bad:
         return f"it has {', '.join(map(repr, bad))} in it"
     if name != name.strip():
@@ -216,9 +214,7 @@ def save(
     if base_model_name_or_path is not None:
         config = config.resolve(base_model_name_or_path=os.fspath(base_model_name_or_path))
     text = dump_json(config.to_dict(inference_mode=True))
-    parse_json(
-        text.encode(), source=f"the config of adapter {record.name!r}"
-    )  # What no reader takes is not written.
+    parse_json(text.encode(), source=f"the config of adapter {record.name!r}")  # What no reader takes is not written.
     metadata = {"format": "pt", CONFIG_KEY: text, LAYOUT_KEY: str(LAYOUT)}
     if record.method.source.distribution is not None:
         metadata[WROTE_BY_KEY] = str(record.method.source)
@@ -256,9 +252,7 @@ def _storable(name: str, key: str, tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided or hasattr(tensor, "full_tensor"):
         raise refuse("is sparse or sharded; gather it into one dense tensor first")
     if tensor.numel() == 0:
-        raise refuse(
-            "has no elements: it is partitioned over processes and must be gathered, or its size is wrong"
-        )
+        raise refuse("has no elements: it is partitioned over processes and must be gathered, or its size is wrong")
     if tensor.dtype not in DTYPES.values():
         raise refuse(f"has the dtype {tensor.dtype}; files hold {', '.join(DTYPES)}")
     if not all_finite(tensor.detach()):
@@ -273,9 +267,7 @@ def _serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> byte
     separate: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         storage = tensor.untyped_storage().data_ptr()
-        separate[key] = (
-            tensor.clone(memory_format=torch.contiguous_format) if storage in seen else tensor.contiguous()
-        )
+        separate[key] = tensor.clone(memory_format=torch.contiguous_format) if storage in seen else tensor.contiguous()
         seen.add(storage)
     content = memoryview(serialise(separate, metadata))
     # The library puts the metadata in an order of chance; equal adapters should give equal files.
@@ -307,9 +299,7 @@ def _finish_interrupted(directory: Path, alone: bool) -> None:
 # ---- reading
 
 
-def read(
-    source: str | os.PathLike[str], *, subfolder: str | None = None, revision: str | None = None
-) -> AdapterFile:
+def read(source: str | os.PathLike[str], *, subfolder: str | None = None, revision: str | None = None) -> AdapterFile:
     """Open an adapter: a directory, a `.safetensors` file, or the id of a hub repository ("org/name").
 
     Only headers and the config are read; `AdapterFile.load` reads tensors.
@@ -329,9 +319,7 @@ def _read_file(path: Path) -> AdapterFile:
     if path.suffix != ".safetensors":
         if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
             raise _is_pickle(path)
-        raise CheckpointError(
-            f"{path}: an adapter is a directory or a .safetensors file, and this is neither"
-        )
+        raise CheckpointError(f"{path}: an adapter is a directory or a .safetensors file, and this is neither")
     file = AdapterFile(path)
     try:
         config = file.embedded_config()
@@ -376,8 +364,7 @@ def _open_pair(directory: Path) -> AdapterFile | None:
         stored = _read_config(directory / CONFIG)
         if embedded is None and stored is None:
             raise CheckpointError(
-                f"{directory}: there is no {CONFIG}, and {WEIGHTS} holds none inside. Copy both files "
-                "of the adapter."
+                f"{directory}: there is no {CONFIG}, and {WEIGHTS} holds none inside. Copy both files of the adapter."
             )
         if embedded is None or stored is None or _belongs(embedded, stored):
             file.config = stored or embedded or {}
@@ -429,9 +416,7 @@ def _located(source: str | os.PathLike[str], subfolder: str | None, revision: st
     if subfolder is not None:
         parts = re.split(r"[/\\]", subfolder) if isinstance(subfolder, str) else [""]
         if any(part in ("", ".", "..") or ":" in part for part in parts):
-            raise CheckpointError(
-                f"{named(subfolder)} cannot be a subfolder: give a relative path without '..'"
-            )
+            raise CheckpointError(f"{named(subfolder)} cannot be a subfolder: give a relative path without '..'")
     try:
         path = Path(source)
         exists = path.exists()
@@ -448,9 +433,7 @@ def _located(source: str | os.PathLike[str], subfolder: str | None, revision: st
     if subfolder is not None:
         path = path / subfolder
         if not path.is_dir():
-            raise CheckpointError(
-                f"{path}: there is no such sub-folder. {_hint_subfolders(path.parent)}".rstrip()
-            )
+            raise CheckpointError(f"{path}: there is no such sub-folder. {_hint_subfolders(path.parent)}".rstrip())
     return path
 
 
@@ -461,8 +444,7 @@ def _download(repository: str, subfolder: str | None, revision: str | None) -> P
         hub = importlib.import_module("huggingface_hub")
     except ImportError as error:
         raise CheckpointError(
-            f"{what}. If it is a repository of the Hugging Face hub, install its client: pip install "
-            "huggingface_hub"
+            f"{what}. If it is a repository of the Hugging Face hub, install its client: pip install huggingface_hub"
         ) from error
     start = f"{subfolder}/" if subfolder else ""
     try:
@@ -480,9 +462,7 @@ def _no_adapter(directory: Path) -> CheckpointError:
     if (directory / PICKLE).is_file():
         return _is_pickle(directory / PICKLE)
     there = f"there is only a {CONFIG}" if (directory / CONFIG).is_file() else "it holds no adapter"
-    return CheckpointError(
-        f"{directory}: {there}, {WEIGHTS} is missing. {_hint_subfolders(directory)}".rstrip()
-    )
+    return CheckpointError(f"{directory}: {there}, {WEIGHTS} is missing. {_hint_subfolders(directory)}".rstrip())
 
 
 def _hint_subfolders(directory: Path, limit: int = 1000) -> str:
@@ -492,9 +472,7 @@ def _hint_subfolders(directory: Path, limit: int = 1000) -> str:
             for entry, _ in zip(entries, range(limit), strict=False):
                 if entry.is_dir() and (Path(entry.path) / WEIGHTS).is_file():
                     found.append(entry.name)
-    return (
-        f"These sub-folders hold one, to be given as subfolder: {', '.join(sorted(found))}." if found else ""
-    )
+    return f"These sub-folders hold one, to be given as subfolder: {', '.join(sorted(found))}." if found else ""
 
 
 def _is_pickle(path: Path) -> CheckpointError:

@@ -124,9 +124,7 @@ def _problem(found: tuple[tuple[int, ...], str], want: Tensor) -> str | None:
         return f"its dtype {named(name)} cannot be used; {SUPPORTED}"
     if shape != tuple(want.shape):
         return f"the file has the shape {shape}, the adapter {tuple(want.shape)}"
-    if dtype.is_floating_point != want.dtype.is_floating_point or (
-        not dtype.is_floating_point and dtype != want.dtype
-    ):
+    if dtype.is_floating_point != want.dtype.is_floating_point or (not dtype.is_floating_point and dtype != want.dtype):
         return f"the file has the dtype {name}, and {want.dtype} cannot be made from it"
     return None
 

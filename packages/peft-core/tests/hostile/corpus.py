@@ -110,9 +110,7 @@ def cases() -> list[Case]:
     weights("header_nan", "read", "NaN", with_header(b'{"a": NaN}'))
     weights("header_long_integer", "read", "not valid JSON", with_header(b'{"a": ' + b"9" * 5000 + b"}"))
     twice = b'"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
-    weights(
-        "header_key_twice", "read", "'x' twice", with_header(b"{" + twice + b"," + twice + b"}", b"\0" * 4)
-    )
+    weights("header_key_twice", "read", "'x' twice", with_header(b"{" + twice + b"," + twice + b"}", b"\0" * 4))
     inner = b'{"x": {"dtype": "F32", "dtype": "F16", "shape": [1], "data_offsets": [0, 4]}}'
     weights("header_inner_key_twice", "read", "'dtype' twice", with_header(inner, b"\0" * 4))
     weights("metadata_not_strings", "read", "__metadata__", packed(good(), {"a": 1}))
@@ -176,17 +174,13 @@ def cases() -> list[Case]:
     configs("config_empty", "not valid JSON", b"")
     configs("config_list", "not a JSON object", b"[]")
     configs("config_nan", "NaN", b'{"peft_type": "LORA", "r": NaN}')
-    configs(
-        "config_deep", "nested deeper", b'{"peft_type": "LORA", "a": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
-    )
+    configs("config_deep", "nested deeper", b'{"peft_type": "LORA", "a": ' + b"[" * 50_000 + b"]" * 50_000 + b"}")
     configs("config_key_twice", "'r' appears twice", b'{"peft_type": "LORA", "r": 2, "r": 3}')
     configs("config_large", "larger than", b'{"peft_type": "LORA", "a": "' + b"x" * (1 << 20) + b'"}')
     configs("config_without_method", "peft_type is None", b'{"r": 2}')
     configs("config_method_number", "peft_type is 3", b'{"peft_type": 3}')
     configs("config_method_empty", "peft_type is ''", b'{"peft_type": ""}')
-    configs(
-        "config_active_unknown", "use_magic", json.dumps({**CONFIG, "use_magic": True}).encode(), "config"
-    )
+    configs("config_active_unknown", "use_magic", json.dumps({**CONFIG, "use_magic": True}).encode(), "config")
     configs("config_imports", "auto_import", json.dumps({**CONFIG, "auto_import": "os"}).encode(), "config")
     configs("config_rank_string", "r:", json.dumps({**CONFIG, "r": "2"}).encode(), "config")
     return found
