@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from peft_core.adapter import Adapter
 from peft_core.layers import BaseLayer, SiteRequest, layer_of
 from peft_core.routing import Request, Routing
 from peft_core.site import Site
 from peft_lora import LoraConfig, lora
-from torch import Tensor, nn
 
 
 def adapter_for(layer: BaseLayer, config: LoraConfig) -> Adapter:

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lora_by_hand import gap, merged, site_with
-from peft_core.errors import MergeError, TargetError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from peft_core.errors import MergeError, TargetError
 
 # In float64 two ways to sum a few dozen terms differ by some units of 1e-16.
 EXACT = 1e-13

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from lora_by_hand import site_with
-from peft_core import get_peft_model
-from peft_lora import LoraConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_core import get_peft_model
+from peft_lora import LoraConfig
 
 
 class Recorder(TorchDispatchMode):
@@ -53,7 +54,7 @@ def kept_for_backward() -> Iterator[dict[int, int]]:
         yield kept
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 4), (torch.bfloat16, 6)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 4), (torch.bfloat16, 6)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_linear_layer_costs_at_most_four_operations_more(dtype: torch.dtype, most: int, training: bool) -> None:
     """Two transposes, two products; two casts where the base is half precision and the adapter is not."""

@@ -39,9 +39,7 @@ class LoraAttention(WeightAdapter):
     def __init__(self, layer: AttentionLayer, settings: Settings) -> None:
         super().__init__(layer)
         if layer.module.in_proj_weight is None:
-            raise layer.refuse(
-                "its queries, keys and values have different widths; only equal ones can be adapted"
-            )
+            raise layer.refuse("its queries, keys and values have different widths; only equal ones can be adapted")
         d = layer.embed_dim
         self.settings = settings
         self.starts_as_base = settings.init is not False
@@ -64,8 +62,6 @@ class LoraAttention(WeightAdapter):
         params = dict(params)
         for name, bias_name, a, b, c in self._projections():
             weight = params[name]
-            params[name] = torch.addmm(
-                weight, as_compute(b, weight), as_compute(a, weight), alpha=self.scaling
-            )
+            params[name] = torch.addmm(weight, as_compute(b, weight), as_compute(a, weight), alpha=self.scaling)
             params = add_bias(params, c, self.scaling, self.layer, bias_name)
         return params

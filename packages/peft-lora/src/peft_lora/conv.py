@@ -27,9 +27,7 @@ class LoraConv(DeltaAdapter):
     def __init__(self, layer: ConvLayer, settings: Settings) -> None:
         super().__init__(layer)
         if settings.r % layer.groups:
-            raise layer.refuse(
-                f"its {layer.groups} groups do not divide the rank {settings.r}; choose another rank"
-            )
+            raise layer.refuse(f"its {layer.groups} groups do not divide the rank {settings.r}; choose another rank")
         self.settings = settings
         self.starts_as_base = settings.init is not False
         self.scaling = settings.scaling

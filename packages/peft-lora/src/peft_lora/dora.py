@@ -47,9 +47,7 @@ class Dora(Adapter):
         self.starts_as_base = lora.starts_as_base
         if isinstance(layer, ConvLayer):
             if layer.groups > 1:
-                raise layer.refuse(
-                    "use_dora needs a merged weight to take norms of, which groups > 1 have not"
-                )
+                raise layer.refuse("use_dora needs a merged weight to take norms of, which groups > 1 have not")
             self.channels = (layer.out_features, *(1,) * len(layer.kernel_size))
             shape: tuple[int, ...] = (1, *self.channels)
         else:

@@ -26,9 +26,7 @@ class LoraEmbedding(DeltaAdapter):
     def __init__(self, layer: EmbeddingLayer, settings: Settings) -> None:
         super().__init__(layer)
         if layer.module.max_norm is not None:
-            raise layer.refuse(
-                "it renormalises its rows when they are read (max_norm), which leaves no merged form"
-            )
+            raise layer.refuse("it renormalises its rows when they are read (max_norm), which leaves no merged form")
         self.settings = settings
         self.starts_as_base = settings.init is not False
         self.scaling = settings.scaling

@@ -83,12 +83,7 @@ class Factored:
                 self._split = self.up.unbind(0), self.down.unbind(0)
             at = int(index)
             return Factored(self.weight[at], self._split[0][at], self._split[1][at], self.scaling)
-        if (
-            self.ndim == 3
-            and isinstance(index, Tensor)
-            and index.dim() == 1
-            and not index.is_floating_point()
-        ):
+        if self.ndim == 3 and isinstance(index, Tensor) and index.dim() == 1 and not index.is_floating_point():
             return Factored(self.weight[index], self.up[index], self.down[index], self.scaling)
         return self.dense()[index]
 
@@ -166,12 +161,7 @@ def _is_number(index: Any) -> bool:
 def _linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     arguments = dict(zip(("input", "weight", "bias"), args, strict=False), **kwargs)
     x, weight, bias = arguments["input"], arguments["weight"], arguments.get("bias")
-    if (
-        not isinstance(weight, Factored)
-        or isinstance(x, Factored)
-        or isinstance(bias, Factored)
-        or weight.ndim != 2
-    ):
+    if not isinstance(weight, Factored) or isinstance(x, Factored) or isinstance(bias, Factored) or weight.ndim != 2:
         return NotImplemented
     out = F.linear(x, weight.weight, bias)
     if x.dim() != 2:

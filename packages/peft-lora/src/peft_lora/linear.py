@@ -58,9 +58,7 @@ class LoraLinear(DeltaAdapter):
         return add_bias(super().merge(params), self.lora_bias, self.scaling, self.layer)
 
 
-def add_bias(
-    params: Params, bias: Tensor | None, scaling: float, layer: BaseLayer, name: str = "bias"
-) -> Params:
+def add_bias(params: Params, bias: Tensor | None, scaling: float, layer: BaseLayer, name: str = "bias") -> Params:
     """`params` with s·c on the layer's bias. Raises `MergeError` where it has none to take it."""
     if bias is None:
         return params

@@ -94,9 +94,7 @@ def peft_prepare(config: LoraConfig, layers: Sequence[BaseLayer], shared: nn.Mod
             if isinstance(layer, LinearLayer) and id(layer.module._parameters["weight"]) in owners:
                 prepared.tied[layer.path] = owners[id(layer.module._parameters["weight"])]
         if prepared.tied and config.use_dora:
-            raise TargetError(
-                "ensure_weight_tying: two tied layers cannot have norms in common; leave out use_dora"
-            )
+            raise TargetError("ensure_weight_tying: two tied layers cannot have norms in common; leave out use_dora")
 
 
 @hookimpl
@@ -120,9 +118,7 @@ def peft_build(
     _check_start(layer, settings, loading=tensors is not None)
     if form == PARAMETER:
         stored = layer.module.get_parameter(layer.request.names[0])
-        check_file(
-            layer, tensors, "lora_A.weight", settings.r * (stored.shape[0] if stored.dim() == 3 else 1)
-        )
+        check_file(layer, tensors, "lora_A.weight", settings.r * (stored.shape[0] if stored.dim() == 3 else 1))
         return LoraParameter(layer, settings)
     embedding = layer.kind == "embedding"
     check_file(layer, tensors, "lora_embedding_A" if embedding else "lora_A.weight", settings.r)
@@ -179,9 +175,7 @@ def _check_start(layer: BaseLayer, settings: Settings, loading: bool) -> None:
     if loading or isinstance(init, bool):
         return
     if init not in AVAILABLE:
-        raise ConfigError(
-            f"{layer.path}: init_lora_weights={init!r} is not yet available in this version of peft-lora"
-        )
+        raise ConfigError(f"{layer.path}: init_lora_weights={init!r} is not yet available in this version of peft-lora")
     if init == "orthogonal":
         if layer.kind not in ("linear", "attention"):
             raise layer.refuse("init_lora_weights='orthogonal' is for linear layers")

@@ -26,9 +26,7 @@ class LoraParameter(WeightAdapter):
         (self.name,) = layer.request.names
         stored = layer.module.get_parameter(self.name)
         if stored.dim() not in (2, 3) or not stored.is_floating_point():
-            raise layer.refuse(
-                f"{self.name} is {stored.dtype} of shape {tuple(stored.shape)}, not a stack of matrices"
-            )
+            raise layer.refuse(f"{self.name} is {stored.dtype} of shape {tuple(stored.shape)}, not a stack of matrices")
         self.settings = settings
         self.starts_as_base = settings.init is not False
         self.scaling = settings.scaling

@@ -92,9 +92,7 @@ def _rows(config: LoraConfig, tree: Model, adapted: Sequence[str]) -> Iterator[S
     own = {path for path, _ in owners}
     for path, indices in owners:
         if path in adapted:
-            raise TargetError(
-                f"{path}: target_modules and trainable_token_indices both name it; leave one of them out"
-            )
+            raise TargetError(f"{path}: target_modules and trainable_token_indices both name it; leave one of them out")
         meta = {FORM: ROWS, "indices": indices}
         yield SiteRequest(path, "token_adapter", ("weight",), "token_adapter.", meta)
         if not isinstance(tree.modules[path], nn.Embedding):

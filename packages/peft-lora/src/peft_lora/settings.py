@@ -60,8 +60,7 @@ def check_file(layer: BaseLayer, tensors: Mapping[str, Tensor] | None, slot: str
     found = None if tensors is None else tensors.get(slot)
     if found is not None and (found.dim() == 0 or found.shape[0] != rows):
         raise CheckpointMismatchError(
-            f"{layer.path}.{slot}: the config asks for {rows} rows, and the file has shape "
-            f"{tuple(found.shape)}"
+            f"{layer.path}.{slot}: the config asks for {rows} rows, and the file has shape {tuple(found.shape)}"
         )
 
 

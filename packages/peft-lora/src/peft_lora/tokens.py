@@ -27,9 +27,7 @@ class _Rows(Adapter):
         weight = layer.module.get_parameter("weight")
         too_large = [index for index in indices if index >= weight.shape[0]]
         if too_large:
-            raise layer.refuse(
-                f"trainable_token_indices has {too_large[:10]}, and it has {weight.shape[0]} rows"
-            )
+            raise layer.refuse(f"trainable_token_indices has {too_large[:10]}, and it has {weight.shape[0]} rows")
         order = sorted(range(len(indices)), key=lambda position: indices[position])
         # On the layer's device even where the adapter is built elsewhere: they are known, not loaded.
         self.register_buffer("indices", torch.tensor(indices, device=weight.device), persistent=False)
@@ -52,9 +50,7 @@ class _Rows(Adapter):
 class _OwnRows(_Rows):
     def __init__(self, layer: BaseLayer, indices: Sequence[int]) -> None:
         super().__init__(layer, indices)
-        self.trainable_tokens_delta = layer.parameter(
-            len(indices), layer.module.get_parameter("weight").shape[1]
-        )
+        self.trainable_tokens_delta = layer.parameter(len(indices), layer.module.get_parameter("weight").shape[1])
 
     @property
     def rows(self) -> Tensor:
@@ -91,9 +87,7 @@ class _TiedRows(_Rows):
     own.
     """
 
-    def __init__(
-        self, layer: BaseLayer, indices: Sequence[int], adapters: Mapping[str, Adapter], path: str
-    ) -> None:
+    def __init__(self, layer: BaseLayer, indices: Sequence[int], adapters: Mapping[str, Adapter], path: str) -> None:
         super().__init__(layer, indices)
         self.adapters = adapters
         self.path = path
@@ -122,9 +116,7 @@ class TiedHeadRows(_TiedRows):
 
 def replaced(adapter: _Rows, layer: BaseLayer, out: Tensor, ids: Tensor, padding: int | None) -> Tensor:
     """An embedding's output (..., d) with the rows of the adapter's ids (...) in place."""
-    at = torch.searchsorted(adapter.ordered, ids.to(adapter.ordered.dtype)).clamp_max(
-        adapter.ordered.numel() - 1
-    )
+    at = torch.searchsorted(adapter.ordered, ids.to(adapter.ordered.dtype)).clamp_max(adapter.ordered.numel() - 1)
     hit = adapter.ordered[at] == ids
     rows = as_compute(F.embedding(adapter.order[at], adapter.rows, padding_idx=padding), out)
     scale = layer.scale if isinstance(layer, EmbeddingLayer) else None
@@ -152,9 +144,7 @@ def own_rows(layer: BaseLayer, indices: Sequence[int]) -> Adapter:
     raise layer.refuse("trainable_token_indices is for embeddings and linear heads")
 
 
-def tied_rows(
-    layer: BaseLayer, indices: Sequence[int], adapters: Mapping[str, Adapter], path: str
-) -> Adapter:
+def tied_rows(layer: BaseLayer, indices: Sequence[int], adapters: Mapping[str, Adapter], path: str) -> Adapter:
     """The adapter of a layer that shares its weight with the one at `path`."""
     if isinstance(layer, EmbeddingLayer):
         return TiedEmbeddingRows(layer, indices, adapters, path)
