@@ -9,7 +9,7 @@ Classes are abstract or final: concrete adapters do not inherit from one another
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -148,10 +148,3 @@ def as_compute(tensor: Tensor, like: Tensor) -> Tensor:
 def dropout(p: float) -> nn.Module | None:
     """A dropout module, or None at p = 0 so that the forward does not pay for a call that does nothing."""
     return nn.Dropout(p) if p > 0 else None
-
-
-def frozen(parameter: nn.Parameter) -> nn.Parameter:
-    """Mark a parameter as part of the state that is never trained."""
-    return cast(nn.Parameter, parameter.requires_grad_(False))
-
-

@@ -37,9 +37,7 @@ class MethodSpecs:
         """Say whether `module` at `path` gets an adapter; None leaves it to `target_modules`."""
 
     @hookspec(firstresult=True)
-    def peft_resolve(
-        self, config: AdapterConfig, model: nn.Module, matched: Sequence[str]
-    ) -> AdapterConfig | None:
+    def peft_resolve(self, config: AdapterConfig, model: nn.Module, matched: Sequence[str]) -> AdapterConfig | None:
         """Return `config.resolve(...)` with what this model makes of fields left open; None leaves it as it is.
 
         The result is what the other hooks see and what is saved; `target_modules` is settled before. `matched`

@@ -57,7 +57,9 @@ def install(model: nn.Module, found: Draft, *, trainable: bool, activate: bool, 
             activate_records(state, [record], undo)
 
 
-def activate_records(state: PeftState, records: list[AdapterRecord], undo: Undo, *, inference_mode: bool = False) -> None:
+def activate_records(
+    state: PeftState, records: list[AdapterRecord], undo: Undo, *, inference_mode: bool = False
+) -> None:
     for name in state.active:
         if name not in {record.name for record in records}:
             undo.keep_flags(state.adapters[name])

@@ -179,10 +179,14 @@ def _check_base(base: Mapping[str, nn.Parameter], file: AdapterFile, report: Loa
     different = []
     for path, key in report.base_weights.items():
         mine = base.get(path)
-        if mine is None or mine.shape != loaded[key].shape or not (
-            mine.is_meta or torch.equal(mine.detach().cpu().float(), loaded[key].to(mine.dtype).float())
+        if (
+            mine is None
+            or mine.shape != loaded[key].shape
+            or not (mine.is_meta or torch.equal(mine.detach().cpu().float(), loaded[key].to(mine.dtype).float()))
         ):
-            different.append(f"{key} (file {tuple(loaded[key].shape)}, model {tuple(mine.shape) if mine is not None else 'has none'})")
+            different.append(
+                f"{key} (file {tuple(loaded[key].shape)}, model {tuple(mine.shape) if mine is not None else 'has none'})"
+            )
     if different:
         raise CheckpointMismatchError(
             f"{file.source}: the file carries base weights that differ from this model's: {', '.join(different)}. "

@@ -322,7 +322,9 @@ class PeftModel:
         _load(model, model_id, adapter_name, activate=True, **kwargs)
         return model
 
-    def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str = "default", **kwargs: Any) -> LoadReport:
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str = "default", **kwargs: Any
+    ) -> LoadReport:
         """Load a saved adapter beside those present; it is not activated.
 
         Keyword arguments: `is_trainable=False`; `replace=False` (take the place of an adapter of that name; tensors

@@ -31,8 +31,10 @@ class SavedModule(Adapter):
         memo: dict[int, Any] = {}
         for tensor in layer.module.parameters():
             dtype = layer.dtype if tensor.is_floating_point() else tensor.dtype
-            value = torch.empty_like(tensor, device="meta", dtype=dtype) if layer.device.type == "meta" else (
-                tensor.detach().clone().to(dtype)
+            value = (
+                torch.empty_like(tensor, device="meta", dtype=dtype)
+                if layer.device.type == "meta"
+                else (tensor.detach().clone().to(dtype))
             )
             memo[id(tensor)] = nn.Parameter(value, requires_grad=value.is_floating_point())
         return copy.deepcopy(layer.module, memo)

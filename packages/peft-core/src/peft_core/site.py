@@ -118,7 +118,9 @@ class Site(nn.Module):
         dim = self._layer.batch_dim
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         if first is None or first.dim() <= dim:
-            raise RequestError(f"{self._layer.path}: adapter_names needs tensor inputs whose dimension {dim} is the batch")
+            raise RequestError(
+                f"{self._layer.path}: adapter_names needs tensor inputs whose dimension {dim} is the batch"
+            )
         size = first.shape[dim]
         groups = [(self.chain(active), rows) for active, rows in request.groups(size, first.device)]
         if not any(chain for chain, _ in groups):
