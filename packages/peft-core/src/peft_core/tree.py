@@ -68,13 +68,13 @@ def walk(model: nn.Module) -> Tree:
     return tree
 
 
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's own parameters under their original names, each once."""
+def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, nn.Parameter]:
+    """The base's own parameters under their original names, each once, or under every name that it has."""
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for path, module in walk(model).modules:
         for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
+            if parameter is not None and (every_name or id(parameter) not in seen):
                 seen.add(id(parameter))
                 found[f"{path}.{name}" if path else name] = parameter
     return found
