@@ -7,7 +7,7 @@ from typing import Any
 from peft_core.testing import MethodContract
 from peft_ia3 import IA3Config
 
-LAYERS = ("linear", "hf_conv1d", "conv1d", "conv2d", "conv3d")
+LAYERS = ("linear", "conv1d", "conv2d", "conv3d")
 
 
 class TestOutputs(MethodContract):
@@ -25,4 +25,4 @@ class TestInputs(MethodContract):
 
 class TestNoisyStart(MethodContract):
     config = IA3Config(feedforward_modules=[], init_ia3_weights=False)
-    layer_kinds = ("linear", "hf_conv1d", "conv1d", "conv2d", "conv3d")
+    layer_kinds = ("linear", "conv1d", "conv2d", "conv3d")

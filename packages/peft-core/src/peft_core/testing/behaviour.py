@@ -30,8 +30,7 @@ class Behaviour(Setup):
                 difference <= self.tolerance,
                 "an adapter at its start leaves the base's output unchanged",
                 f"outputs differ by {difference:.2g} of the largest value",
-                "Adapter.reset_parameters (start values); or set `starts_as_base = False` on the adapter's "
-                "class",
+                "Adapter.reset_parameters (start values); or set `starts_as_base = False` on the adapter's class",
             )
 
     def test_active_adapter_changes_the_output(self) -> None:
@@ -116,9 +115,7 @@ class Behaviour(Setup):
         )
         own = {id(p) for p in parameters.values()}
         leaked = [
-            n
-            for n, p in model.named_parameters()
-            if id(p) not in own and (p.requires_grad or p.grad is not None)
+            n for n, p in model.named_parameters() if id(p) not in own and (p.requires_grad or p.grad is not None)
         ]
         check(
             not leaked,
@@ -138,9 +135,7 @@ class Behaviour(Setup):
         generator = torch.Generator().manual_seed(7)
         direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
         by_autograd = sum(
-            float((p.grad * d).sum())
-            for p, d in zip(parameters, direction, strict=True)
-            if p.grad is not None
+            float((p.grad * d).sum()) for p, d in zip(parameters, direction, strict=True) if p.grad is not None
         )
         # Central differences: an error of step² = 1e-10 from the maths, of 1e-16/step = 1e-11 from rounding.
         step, values = 1e-5, []
@@ -156,8 +151,7 @@ class Behaviour(Setup):
             abs(by_autograd - by_difference) <= 1e-5 * max(1.0, abs(by_difference)),
             "gradients are the derivative of what the forward computes",
             f"autograd says {by_autograd:.8g}, finite differences say {by_difference:.8g}",
-            "a custom backward, or a .detach(); if detaching is the method's design, set `exact_gradients = "
-            "False`",
+            "a custom backward, or a .detach(); if detaching is the method's design, set `exact_gradients = False`",
         )
 
     # -- several adapters ------------------------------------------------------------------------------------
@@ -192,8 +186,7 @@ class Behaviour(Setup):
         check(
             gap(run(model, x), alone["a"]) <= self.tolerance and list(model.peft_config) == ["a"],
             "deleting an adapter leaves the others as they were",
-            f"the output differs by {gap(run(model, x), alone['a']):.2g}; adapters: "
-            f"{list(model.peft_config)}",
+            f"the output differs by {gap(run(model, x), alone['a']):.2g}; adapters: {list(model.peft_config)}",
             "peft_prepare: state shared between adapters of different names",
         )
         model.delete_adapter("a")
@@ -234,8 +227,7 @@ class Behaviour(Setup):
                 gap(out, expected) <= self.tolerance or not (starts and self.neutral_at_start),
                 "an adapter at its start, stacked with another, leaves the other's output unchanged",
                 f"stacked as {order} the output differs by {gap(out, expected):.2g} from 'a' alone",
-                look
-                + "; if the start depends on the layer's weights by design, set `neutral_at_start = False`",
+                look + "; if the start depends on the layer's weights by design, set `neutral_at_start = False`",
             )
 
     def test_mixed_rows(self) -> None:
@@ -249,7 +241,7 @@ class Behaviour(Setup):
                 "a method whose rows depend on each other refuses `adapter_names`",
                 "`rowwise` on the adapter's class",
             ):
-                run(model, x, adapter_names=names)
+                model(x, adapter_names=names)
             return
         mixed = run(model, x, adapter_names=names)
         expected = run(self.base(), x)
@@ -321,9 +313,7 @@ class Behaviour(Setup):
 def loss(output: Tensor) -> Tensor:
     """A scalar in which every output has a weight of its own."""
     generator = torch.Generator().manual_seed(3)
-    return (
-        output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    ).sum()
+    return (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)).sum()
 
 
 def backward(output: Tensor) -> None:

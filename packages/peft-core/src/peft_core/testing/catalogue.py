@@ -84,7 +84,7 @@ def _cases() -> list[Case]:
         ),
     ]  # fmt: skip
     if importlib.util.find_spec("transformers"):
-        linear.append(Case("transformers-conv1d", "hf_conv1d", _hf_conv1d, (ROWS, 3, WIDTH)))
+        linear.append(Case("transformers-conv1d", "linear", _hf_conv1d, (ROWS, 3, WIDTH)))
 
     conv = []
     shapes = {"conv1d": (ROWS, 8, 11), "conv2d": (ROWS, 8, 9, 7), "conv3d": (ROWS, 8, 5, 6, 4)}

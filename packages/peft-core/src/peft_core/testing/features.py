@@ -46,13 +46,9 @@ class Features(Setup):
             with promised(f"forward and backward run under {kind} checkpointing", "Adapter.forward"):
                 backward(model(token_ids()))
             # Through the reentrant kind no gradient comes out at the model's start: the embedding gets none.
-            grads.append(
-                {n: p.grad for n, p in trained(model, "a").items() if not n.startswith("embedding.")}
-            )
+            grads.append({n: p.grad for n, p in trained(model, "a").items() if not n.startswith("embedding.")})
         missing = [name for name, grad in grads[1].items() if grad is None]
-        worst = max(
-            (gap(grads[1][n], grad) for n, grad in grads[0].items() if grads[1][n] is not None), default=0.0
-        )
+        worst = max((gap(grads[1][n], grad) for n, grad in grads[0].items() if grads[1][n] is not None), default=0.0)
         check(
             not missing and worst <= self.tolerance,
             f"gradients under {kind} checkpointing are those without",
@@ -71,17 +67,14 @@ class Features(Setup):
             f"{wrong}",
             "Adapter.__init__: allocate with layer.parameter(...)",
         )
-        with promised(
-            "forward and backward run on a bfloat16 base", "Adapter.forward: as_compute(tensor, x)"
-        ):
+        with promised("forward and backward run on a bfloat16 base", "Adapter.forward: as_compute(tensor, x)"):
             out = model(x)
             backward(out)
         check(
             out.dtype == torch.bfloat16 and bool(out.isfinite().all()),
             "the output of a bfloat16 base stays bfloat16 and finite",
             f"{out.dtype}, finite: {bool(out.isfinite().all())}",
-            "Adapter.forward: cast the adapter's tensors to the dtype of x or of the output, never the "
-            "other way",
+            "Adapter.forward: cast the adapter's tensors to the dtype of x or of the output, never the other way",
         )
         bad = [
             name for name, p in trained(model, "a").items()
@@ -120,8 +113,7 @@ class Features(Setup):
         try:
             with promised(
                 "the adapted model compiles into one graph",
-                "Adapter.forward: Python that depends on tensor values, attributes written in forward, "
-                "foreign code",
+                "Adapter.forward: Python that depends on tensor values, attributes written in forward, foreign code",
             ):
                 compiled: Any = torch.compile(twin, fullgraph=True, backend="aot_eager")
                 outs = [model(token_ids()) for model in (eager, compiled)]
@@ -130,9 +122,7 @@ class Features(Setup):
         finally:
             torch._dynamo.reset()
         grads = [{n: p.grad for n, p in trained(model, "a").items()} for model in (eager, twin)]
-        worst = max(
-            gap(outs[1], outs[0]), *(gap(flat(grads[1][n]), flat(grad)) for n, grad in grads[0].items())
-        )
+        worst = max(gap(outs[1], outs[0]), *(gap(flat(grads[1][n]), flat(grad)) for n, grad in grads[0].items()))
         check(
             worst <= self.tolerance,
             "the compiled model computes what the eager one does, gradients included",
@@ -143,17 +133,14 @@ class Features(Setup):
     def test_plan_counts(self) -> None:
         """`plan` says beforehand, without allocating anything, how many parameters will train."""
         config = self.configure(TinyNet.targets(self.layer_kinds))
-        with promised(
-            "the method can be planned on the meta device", "peft_build: device of what it allocates"
-        ):
+        with promised("the method can be planned on the meta device", "peft_build: device of what it allocates"):
             planned = plan(self.base().to("meta"), config)
         seen = sum(p.numel() for p in trained(self.adapted(config=config), "a").values())
         check(
             not planned.problems and planned.trainable == seen,
             "the plan of a meta model counts the parameters that will train",
             f"planned {planned.trainable} with problems {list(planned.problems)}, found {seen}",
-            "peft_build / peft_prepare: shapes that depend on values; tensors not made with "
-            "layer.parameter(...)",
+            "peft_build / peft_prepare: shapes that depend on values; tensors not made with layer.parameter(...)",
         )
 
     # -- imports ---------------------------------------------------------------------------------------------
@@ -278,8 +265,6 @@ def _generate(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """Three more tokens for rows of TIME tokens."""
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        out: torch.Tensor = model.generate(
-            ids, attention_mask=mask, max_new_tokens=3, do_sample=False, **kwargs
-        )
+        out: torch.Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, **kwargs)
     assert out.shape[1] == TIME + 3
     return out

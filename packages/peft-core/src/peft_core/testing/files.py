@@ -45,15 +45,12 @@ class Files(Setup):
             PeftModel.from_pretrained(fresh, tmp_path / "a", "b")
         fresh.eval()
         after = tensors(fresh, "b")
-        differing = [
-            name for name in before.keys() | after.keys() if not same(before.get(name), after.get(name))
-        ]
+        differing = [name for name in before.keys() | after.keys() if not same(before.get(name), after.get(name))]
         check(
             not differing,
             "the state that was saved is the state that is loaded, bit for bit",
             f"differing: {sorted(differing)}",
-            "Adapter.slots / load_state; tensors that are made from a seed are buffers (saved) or made from "
-            "the config",
+            "Adapter.slots / load_state; tensors that are made from a seed are buffers (saved) or made from the config",
         )
         check(
             same(run(fresh, x), expected),
@@ -69,8 +66,7 @@ class Files(Setup):
             "peft_build / load_state",
         )
         configs = [
-            record(owner, name).config.to_dict(inference_mode=True)
-            for owner, name in ((model, "a"), (fresh, "b"))
+            record(owner, name).config.to_dict(inference_mode=True) for owner, name in ((model, "a"), (fresh, "b"))
         ]
         check(
             configs[0] == configs[1],
@@ -90,8 +86,7 @@ class Files(Setup):
             wanted == found and wanted,
             "a loaded adapter has the trainable tensors of the saved one",
             f"before {sorted(wanted)}, after {sorted(found)}",
-            "Adapter.__init__: mark what never trains there, with requires_grad_(False), not in "
-            "reset_parameters",
+            "Adapter.__init__: mark what never trains there, with requires_grad_(False), not in reset_parameters",
         )
 
     def test_state_keys(self) -> None:
@@ -102,13 +97,10 @@ class Files(Setup):
         for request, one in zip(adapter.requests, adapter.adapters, strict=True):
             slots = list(one.state())
             keys = [
-                hook_results.call(adapter.method, "peft_state_key", config=adapter.config, key=slot)
-                for slot in slots
+                hook_results.call(adapter.method, "peft_state_key", config=adapter.config, key=slot) for slot in slots
             ]
             clash = {
-                key: [s for s, k in zip(slots, keys, strict=True) if k == key]
-                for key in keys
-                if keys.count(key) > 1
+                key: [s for s, k in zip(slots, keys, strict=True) if k == key] for key in keys if keys.count(key) > 1
             }
             check(
                 not clash,

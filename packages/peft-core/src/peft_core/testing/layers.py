@@ -30,7 +30,7 @@ class Layers(Setup):
         wrong = [
             name
             for given, known in (
-                (self.layer_kinds, KINDS | {"hf_conv1d"}),
+                (self.layer_kinds, KINDS),
                 (self.refused_cases, CASES.keys() | {"transformers-conv1d"}),
                 (self.unmergeable_cases, CASES.keys() | {"transformers-conv1d"}),
             )
@@ -62,8 +62,7 @@ class Layers(Setup):
             "Adapter.reset_parameters; Adapter.forward: shapes, and the layer's own hyper-parameters",
         )
         self.fill(model, "a")
-        with promised(f"{case.name}: an adapter with random values runs", "Adapter.forward"):
-            out = run(model, *args, **kwargs)
+        out = run(model, *args, **kwargs)
         empty = not any(tensor.numel() for tensor in flat(expected))
         look = "Adapter.forward: shapes, and the layer's own hyper-parameters"
         check(
@@ -100,19 +99,15 @@ class Layers(Setup):
                 model.merge_adapter()
             difference = gap(run(model, *args, **kwargs), expected)
         else:
-            with promised(
-                f"{case.name}: the adapter merges", "Adapter.merge, or list the case in `unmergeable_cases`"
-            ):
+            with promised(f"{case.name}: the adapter merges", "Adapter.merge, or list the case in `unmergeable_cases`"):
                 model.merge_adapter()
             difference = gap(run(model, *args, **kwargs), expected)
             model.unmerge_adapter()
         check(
             difference <= self.tolerance,
-            f"{case.name}: merged weights compute what the adapter computed; after a refusal it goes on "
-            "acting",
+            f"{case.name}: merged weights compute what the adapter computed; after a refusal it goes on acting",
             f"outputs differ by {difference:.2g}",
-            "Adapter.merge / weight_delta against Adapter.forward / delta: scaling, transposition, groups, "
-            "bias",
+            "Adapter.merge / weight_delta against Adapter.forward / delta: scaling, transposition, groups, bias",
         )
         changed = [name for name, tensor in weights(model).items() if not same(tensor, before[name])]
         check(
@@ -132,9 +127,7 @@ class Layers(Setup):
             return
         args, kwargs = case.inputs()
         names = ["b", "a", BASE, "b"]
-        with promised(
-            f"{case.name}: adapters can be chosen per row", "Adapter.forward; or set `rowwise = False`"
-        ):
+        with promised(f"{case.name}: adapters can be chosen per row", "Adapter.forward; or set `rowwise = False`"):
             mixed = flat(run(model, *args, **kwargs, adapter_names=names))
         alone: dict[str, Any] = {BASE: flat(run(seeded(case.make), *args, **kwargs))}
         for name in ("a", "b"):
@@ -149,8 +142,7 @@ class Layers(Setup):
             worst <= self.tolerance,
             f"{case.name}: with `adapter_names`, each row comes out as in a run with its adapter alone",
             f"rows differ by {worst:.2g}",
-            "Adapter.forward: does a row depend on the other rows? Then set `rowwise = False` on the "
-            "adapter's class",
+            "Adapter.forward: does a row depend on the other rows? Then set `rowwise = False` on the adapter's class",
         )
 
     # -- parts -----------------------------------------------------------------------------------------------
@@ -195,8 +187,7 @@ class Layers(Setup):
         check(
             difference <= self.tolerance,
             f"{case.name}: the model computes what the adapter's `forward` computes",
-            f"outputs differ by {difference:.2g}; the adapter counts as "
-            f"{'' if adapter.additive else 'not '}additive",
+            f"outputs differ by {difference:.2g}; the adapter counts as {'' if adapter.additive else 'not '}additive",
             "a DeltaAdapter's subclass that overrides `forward` but is marked additive, or whose "
             "`accumulate` is not "
             "out + delta(x): derive from Adapter, or let delta say everything",
@@ -207,8 +198,7 @@ class Layers(Setup):
         args, kwargs = case.inputs()
         output: Any = model(*args, **kwargs)
         sum(
-            (tensor * torch.linspace(-1, 1, tensor.numel()).view(tensor.shape)).sum()
-            for tensor in flat(output)
+            (tensor * torch.linspace(-1, 1, tensor.numel()).view(tensor.shape)).sum() for tensor in flat(output)
         ).backward()  # type: ignore[union-attr]
         missing = [n for n, p in trained(model, "a").items() if p.grad is None or not p.grad.isfinite().all()]
         check(

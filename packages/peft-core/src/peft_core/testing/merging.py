@@ -24,9 +24,7 @@ class Merging(Setup):
         model = self.adapted("a", "b")
         before, expected = weights(model), run(model, x)
         if not self.mergeable:
-            with refused(
-                MergeError, "a method that cannot be merged refuses with MergeError", "Adapter.merge"
-            ):
+            with refused(MergeError, "a method that cannot be merged refuses with MergeError", "Adapter.merge"):
                 model.merge_adapter()
             _check_weights(model, before, "a refused merge leaves every weight as it was")
             check(
@@ -74,8 +72,7 @@ class Merging(Setup):
                 not written,
                 "`merge` never writes into the tensors it is given",
                 f"{request.path}: {written} changed in place",
-                "Adapter.merge / peft_merge: return new tensors, {**params, 'weight': ...}; no add_, mul_, "
-                "copy_",
+                "Adapter.merge / peft_merge: return new tensors, {**params, 'weight': ...}; no add_, mul_, copy_",
             )
             wrong = [n for n, t in merged.items() if n not in kept or t.shape != kept[n].shape]
             check(

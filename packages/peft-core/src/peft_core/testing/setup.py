@@ -16,6 +16,7 @@ from peft_core.methods import register_method, unregister_method
 from peft_core.model import get_peft_model
 from peft_core.records import AdapterRecord, PeftState
 
+from .checks import promised
 from .models import TinyNet, seeded
 
 
@@ -182,5 +183,5 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The model's output, without a graph."""
-    with torch.no_grad():
+    with torch.no_grad(), promised("an adapted model runs", "Adapter.forward"):
         return model(*args, **kwargs)
