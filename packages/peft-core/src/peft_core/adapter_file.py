@@ -10,6 +10,7 @@ Format: 8 bytes little-endian header length n, n bytes JSON
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import math
@@ -93,12 +94,12 @@ class AdapterFile:
     # -- the header ------------------------------------------------------------------------------------------
 
     def _read_header(self, size: int) -> None:
-        length = int.from_bytes(self._read(0, 8), "little") if size >= 8 else 0
+        length = int.from_bytes(self._bytes(0, 8), "little") if size >= 8 else 0
         if size < 8 or length > size - 8:
             raise self._damaged(f"its header should have {length} bytes, and the file has {size}")
         if length > MAX_HEADER:
             raise self._damaged(f"its header of {length} bytes is larger than {MAX_HEADER}")
-        header = self._parse(bytes(self._read(8, length)))
+        header = self._parse(bytes(self._bytes(8, length)))
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._damaged("its __metadata__ is not a mapping of strings")
@@ -218,10 +219,12 @@ class AdapterFile:
         dtype = DTYPES[name]
         if start == stop:
             return torch.empty(shape, dtype=dtype)
-        data = self._read(self._offset + start, stop - start)
+        # Memory of torch's own: its alignment decides which kernels run, and so the last bit of a result.
+        data = torch.empty(stop - start, dtype=torch.uint8)
+        self._fill(memoryview((ctypes.c_char * len(data)).from_address(data.data_ptr())).cast("B"), self._offset + start)
         if dtype == torch.bool:  # Any other byte than 0 and 1 in a bool tensor is undefined behaviour.
-            return torch.frombuffer(data, dtype=torch.uint8).ne(0).view(shape)
-        return self._finite(key, torch.frombuffer(data, dtype=dtype).view(shape))
+            return data.ne(0).view(shape)
+        return self._finite(key, data.view(dtype).view(shape))
 
     def _finite(self, key: str, tensor: Tensor) -> Tensor:
         if not all_finite(tensor):
@@ -232,9 +235,13 @@ class AdapterFile:
             )
         return tensor
 
-    def _read(self, offset: int, size: int) -> bytearray:
+    def _bytes(self, offset: int, size: int) -> bytearray:
         data = bytearray(size)
-        rest = memoryview(data)
+        self._fill(memoryview(data), offset)
+        return data
+
+    def _fill(self, rest: memoryview, offset: int) -> None:
+        """Fill memory with the file's bytes from `offset` on."""
         try:
             with self._lock:
                 self._raw.seek(offset)
@@ -249,7 +256,6 @@ class AdapterFile:
                     rest = rest[count:]
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.source}: cannot be read: {error}") from error
-        return data
 
     def close(self) -> None:
         """Give the file back; done as well when the object is forgotten."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from . import checkpoint
 from .checkpoint import AdapterFile, LoadReport
 from .config import AdapterConfig
 from .errors import AdapterNameError, CheckpointError, CheckpointMismatchError
+from .hook_results import call_extensions
 from .layers import SiteRequest
 from .lifecycle import install, state_of
 from .methods import Method, load_method
@@ -50,7 +52,7 @@ def load_into(
         raise AdapterNameError(
             f"adapter {name!r} is on the model already; choose another name, or pass replace=True to take its place"
         )
-    file = checkpoint.read(path, subfolder=subfolder, revision=revision)
+    file = _read(path, subfolder, revision)
     method = load_method(file.method, wrote_by=file.wrote_by)
     if config is None:
         resolved = method.config_class.from_dict(file.config, source=str(file.source))
@@ -67,6 +69,17 @@ def load_into(
     instead = name if present is not None else None
     install(model, found, trainable=is_trainable, activate=activate and present is None, instead=instead)
     return report
+
+
+def _read(path: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> AdapterFile:
+    """The library's own files; where there are none, whatever an extension can make of the place."""
+    place = Path(path) / (subfolder or "")
+    if place.exists() and not (place / checkpoint.WEIGHTS).is_file():
+        foreign = call_extensions("peft_checkpoint", path=place)
+        if foreign is not None:
+            config, tensors = foreign
+            return checkpoint.TensorsFile(config, tensors, str(place))
+    return checkpoint.read(path, subfolder=subfolder, revision=revision)
 
 
 def _build(
@@ -90,7 +103,7 @@ def _build(
         model, name, config, method=method, device=META, float32=float32, trusted=trusted, tensors=tensors_for
     )
     found.check()
-    base = base_parameters(model)
+    base = base_parameters(model, every_name=True)  # a file may hold tied weights twice
     keys, report = checkpoint.match(file, checkpoint.collect(found.record), strict=strict, base_names=base.keys())
     _check_base(base, file, report)
     if report.missing:  # only where strict is off: what the file lacks gets its starting value
@@ -112,7 +125,7 @@ def _fill(
         state = {slot: values[key] for slot, key in keys.items() if key in values}
         if len(state) < len(keys):
             state = {**adapter.state(), **state}
-        if not layer.device.type == "meta" and any(t.is_meta for t in _unsaved(adapter)):
+        if layer.device.type != "meta" and any(t.is_meta for t in _unsaved(adapter)):
             # Tensors that no file holds (index tables and the like) have to be made where the layer is.
             adapter = build(record, layer, model, tensors_for(layer.request), initialise=False)
             record.adapters[index] = adapter
@@ -184,9 +197,8 @@ def _check_base(base: Mapping[str, nn.Parameter], file: AdapterFile, report: Loa
             or mine.shape != loaded[key].shape
             or not (mine.is_meta or torch.equal(mine.detach().cpu().float(), loaded[key].to(mine.dtype).float()))
         ):
-            different.append(
-                f"{key} (file {tuple(loaded[key].shape)}, model {tuple(mine.shape) if mine is not None else 'has none'})"
-            )
+            has = "has none" if mine is None else tuple(mine.shape)
+            different.append(f"{key} (file {tuple(loaded[key].shape)}, model {has})")
     if different:
         raise CheckpointMismatchError(
             f"{file.source}: the file carries base weights that differ from this model's: {', '.join(different)}. "

@@ -4,6 +4,10 @@ One `Routing` per model, a plain attribute every site holds. Plain on purpose: a
 blocks after the forward has returned and perhaps on another thread, where thread-locals are lost; and context
 variables break compiled graphs. Each call works on an immutable `Request`, taken when the call starts, so a switch
 or another thread's call cannot change it half way.
+
+A compiled graph cannot ask which thread it runs on. It sees the distinct requests of all calls in flight instead
+(`_in_flight`), which the compiler guards on: one that all calls agree on is right for each of them, and where they
+differ the graph is refused. Calls that are themselves part of a graph are not in flight; see `traced`.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from .errors import RequestError
 BASE = "__base__"
 """Name that stands for "no adapter" among the names of a batch's rows."""
 
+_NOTING = threading.Lock()
+
 
 @dataclass(frozen=True)
 class Request:
@@ -39,8 +45,8 @@ class Request:
         repeat, rest = divmod(size, len(self.rows))
         if rest or not repeat:
             raise RequestError(
-                f"adapter_names has {len(self.rows)} entries, but a layer received a batch of {size} rows; give one name "
-                "per row of the batch. A layer whose input is shared by all rows cannot use one adapter per row."
+                f"adapter_names has {len(self.rows)} entries, but a layer received a batch of {size} rows; give one "
+                "name per row of the batch. A layer whose input is shared by all rows cannot use one adapter per row."
             )
         found: dict[str, list[int]] = {}
         for index, name in enumerate(self.rows):
@@ -57,36 +63,81 @@ class Routing:
         self.default = Request()
         self.merged: tuple[str, ...] = ()
         self._requests: dict[int, Request] = {}
+        self._in_flight: tuple[Request, ...] = ()
+        self._traced: Request | None = None
         self._last: Request | None = None
 
     def current(self) -> Request:
         """The request of the calling thread's running call, or the standing choice."""
         if torch.compiler.is_compiling():
-            return self.default
+            return self._current_of_graph()
         if self._requests:
             request = self._requests.get(threading.get_ident())
             if request is not None:
                 return request
+        if self._traced is not None:
+            raise RequestError(
+                "the compiled model's graph broke, and the part that runs outside of it cannot know the call's "
+                "adapter_names; compile with fullgraph=True to see where, or call the model uncompiled"
+            )
         # A block recomputed in backward by a checkpoint the model did not hand us: the last call is the best answer.
         if self._last is not None and torch._C._current_graph_task_id() != -1:
             return self._last
         return self.default
+
+    def _current_of_graph(self) -> Request:
+        if self._traced is not None:
+            return self._traced
+        if not self._in_flight:
+            return self.default
+        if len(self._in_flight) > 1:
+            raise RequestError(
+                "calls with different adapters are in flight on several threads, and compiled layers cannot tell "
+                "them apart; make such calls one after the other, or uncompiled"
+            )
+        return self._in_flight[0]
+
+    def traced(self, request: Request, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a call that is itself being compiled, from its start to its end, with `request`.
+
+        Raises `RequestError` where another call is in flight with other adapters.
+        """
+        if request.rows is None:
+            if self._in_flight and self._in_flight != (request,):
+                raise RequestError(
+                    "a compiled call of the model cannot run within, or beside, a call with other adapters; make them "
+                    "one after the other, or give adapter_names to the compiled call itself"
+                )
+            return call(*args, **kwargs)
+        self._traced = request
+        try:
+            result = call(*args, **kwargs)
+            if self._traced is not request:  # the graph broke, and another thread came in between
+                raise RequestError("compiled calls with adapter_names ran at once; make them one after the other")
+            return result
+        finally:
+            self._traced = None
 
     @contextmanager
     def use(self, request: Request) -> Iterator[None]:
         """Run with `request` on this thread; whatever happens inside, the previous one comes back."""
         ident = threading.get_ident()
         outer = self._requests.get(ident)
-        self._requests[ident] = request
+        self._note(ident, request)
         try:
             yield
         finally:
-            if outer is None:
-                del self._requests[ident]
-            else:
-                self._requests[ident] = outer
+            self._note(ident, outer)
             if torch.is_grad_enabled():
                 self._last = request
+
+    def _note(self, ident: int, request: Request | None) -> None:
+        with _NOTING:
+            if request is None:
+                del self._requests[ident]
+            else:
+                self._requests[ident] = request
+            self._in_flight = tuple(dict.fromkeys(self._requests.values()))
 
     def request(self, rows: Sequence[str] | None) -> Request:
         """The request of a call that starts now. A call within a call (generate, forward) continues the outer one."""
@@ -109,7 +160,7 @@ class Routing:
             self.default = before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"default": self.default, "merged": self.merged, "_requests": {}, "_last": None}
+        return {**Routing().__dict__, "default": self.default, "merged": self.merged}
 
 
 def remembering(routing: Routing, checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -129,8 +129,8 @@ class Site(nn.Module):
             for adapter in chain:
                 if not adapter.rowwise:
                     raise RequestError(
-                        f"{self._layer.path}: {type(adapter).__name__} mixes the rows of a batch, so it cannot be chosen "
-                        "per row with adapter_names; call the model once per adapter"
+                        f"{self._layer.path}: {type(adapter).__name__} mixes the rows of a batch, so it cannot be "
+                        "chosen per row with adapter_names; call the model once per adapter"
                     )
         if len(groups) == 1:
             return self._run(groups[0][0], args, kwargs)
