@@ -153,6 +153,9 @@ CASES = {
     "tokens-tied": Case(lambda: llama(tie_word_embeddings=True), {"trainable_token_indices": [7, 3]}),
     "tokens-named": Case(llama, {"trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [5]}}),
     "saved-head": Case(llama, {"modules_to_save": ["lm_head"]}),
+    "saved-tied": Case(
+        lambda: llama(tie_word_embeddings=True), {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    ),
     "mixtral": Case(mixtral, EXPERTS),
     "mixtral-one": Case(mixtral, {"target_parameters": ["experts.down_proj"]}),
     "mixtral-patterns": Case(mixtral, {**EXPERTS, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"down_proj": 5}}),

@@ -199,6 +199,43 @@ def test_tied_layers_share_one_adapter(target: str, tmp_path: Path) -> None:
     assert gap(model(IDS).logits, expected) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_tied_modules_share_their_weight(dtype: torch.dtype, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(llama(True, dtype), config)
+    move(model)
+    reference = llama(True, dtype)
+    (embedding,) = model.model.embed_tokens.of("default").values()
+    (head,) = model.lm_head.of("default").values()
+    assert head.module.weight is embedding.module.weight
+    get_peft_model(reference, LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        reference.model.embed_tokens.weight.copy_(embedding.module.weight)
+        for ours, theirs in zip(
+            (p for n, p in model.named_parameters() if "lora" in n),
+            (p for n, p in reference.named_parameters() if "lora" in n),
+            strict=True,
+        ):
+            theirs.copy_(ours)
+    out = model(IDS).logits
+    assert torch.equal(out, reference(IDS).logits)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(True, dtype), tmp_path)
+    assert torch.equal(again(IDS).logits, out)
+    (one,), (two,) = again.model.embed_tokens.of("default").values(), again.lm_head.of("default").values()
+    assert one.module.weight is two.module.weight
+    model.merge_adapter()
+    assert model.lm_head.base_layer.weight is model.model.embed_tokens.base_layer.weight
+
+
+def test_naming_both_of_two_tied_modules_to_save_is_refused() -> None:
+    config = LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True
+    )
+    with pytest.raises(TargetError, match="share their weight"):
+        get_peft_model(llama(True), config)
+
+
 def test_without_it_only_the_named_layer_is_adapted() -> None:
     model = get_peft_model(llama(True), LoraConfig(r=2, target_modules=["embed_tokens"]))
     assert list(model._peft.sites) == ["model.embed_tokens"]

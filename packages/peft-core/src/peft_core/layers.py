@@ -26,7 +26,8 @@ class SiteRequest:
 
     `part` tells apart several adapters of one name at one module. `names` are the parameters meant, empty for the
     module as a whole. `key_prefix` stands between module path and slot in a file. `meta` is the method's own.
-    `copied` asks for a trainable copy of the whole module, which the core builds itself (`modules_to_save`).
+    `copied` asks for a trainable copy of the whole module, which the core builds itself (`modules_to_save`); `tied_to`
+    is then the path of a module copied before, whose `weight` this copy shares.
     """
 
     path: str
@@ -35,6 +36,7 @@ class SiteRequest:
     key_prefix: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
     copied: bool = False
+    tied_to: str = ""
 
 
 class BaseLayer:

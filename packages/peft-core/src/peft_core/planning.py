@@ -136,7 +136,9 @@ def build(
     """One adapter at one layer, off the tree."""
     adapter: Adapter
     if layer.request.copied:
-        adapter = SavedModule(layer)
+        built = zip(record.requests, record.adapters, strict=False)
+        copies = {request.path: one for request, one in built if isinstance(one, SavedModule)}
+        adapter = SavedModule(layer, copies.get(layer.request.tied_to))
     else:
         adapter = hook_results.call(
             record.method,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import Adapter
+from .errors import CheckpointMismatchError
 from .layers import BaseLayer, Params, SiteRequest, shadowed
 from .site import Link
 
@@ -20,11 +22,31 @@ class SavedModule(Adapter):
     tensors stand under the module's own names.
     """
 
-    def __init__(self, layer: BaseLayer) -> None:
+    def __init__(self, layer: BaseLayer, tied_to: SavedModule | None = None) -> None:
+        """`tied_to` is the copy of another module, whose `weight` this one has too."""
         super().__init__(layer)
         dtypes = [p.dtype for p in layer.module.parameters()]
         self.compute_dtype = dtypes[0] if dtypes else None
         self.module = self._copy(layer)
+        self.__dict__["tied_to"] = tied_to  # by reference: it is registered at its own site
+        self._tie()
+
+    def _tie(self) -> None:
+        tied_to: SavedModule | None = self.__dict__["tied_to"]
+        if tied_to is not None:
+            self.module._parameters["weight"] = tied_to.module._parameters["weight"]
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """As every adapter's. Raises `CheckpointMismatchError` too where two tied weights differ in the file."""
+        super().load_state(tensors)
+        mine = self.module._parameters.get("weight")
+        self._tie()
+        tied = self.module._parameters.get("weight")
+        if mine is not tied and mine is not None and tied is not None and not torch.equal(mine, tied):
+            raise CheckpointMismatchError(
+                f"{self.layer.path}.weight: the config says that it is tied to another saved module's, and the file "
+                "holds two that differ; untie them in the config to load both"
+            )
 
     @staticmethod
     def _copy(layer: BaseLayer) -> nn.Module:

@@ -46,7 +46,8 @@ def extra_sites(config: LoraConfig, model: nn.Module, matched: Sequence[str]) ->
         return []
     tree = Model(model)
     requests = [*_parameters(config, tree, matched), *_tied(config, tree, matched)]
-    adapted = [*matched, *(request.path for request in requests)]
+    adapted = [*matched, *(request.path for request in requests if not request.copied)]
+    requests += _tied_copies(config, tree)
     return [*requests, *_rows(config, tree, adapted), *_biases(config, tree, adapted)]
 
 
@@ -83,6 +84,22 @@ def _tied(config: LoraConfig, tree: Model, matched: Sequence[str]) -> Iterator[S
                 if member not in done:
                     done.add(member)
                     yield SiteRequest(member)
+
+
+def _tied_copies(config: LoraConfig, tree: Model) -> Iterator[SiteRequest]:
+    """Layers tied to one that `modules_to_save` copies: their copies share the weight."""
+    if not (config.ensure_weight_tying and config.modules_to_save):
+        return
+    matcher = NameMatcher(config.modules_to_save, what="modules_to_save", trusted=False)
+    copied = [path for path in tree.modules if path and matcher.matches(path)]
+    for path in copied:
+        for member in tree.sharing(path):
+            if member in copied:
+                raise TargetError(
+                    f"modules_to_save: {path} and {member} share their weight, and with ensure_weight_tying naming one "
+                    "is naming both; leave one of them out"
+                )
+            yield SiteRequest(member, copied=True, tied_to=path)
 
 
 def _rows(config: LoraConfig, tree: Model, adapted: Sequence[str]) -> Iterator[SiteRequest]:
