@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .adapter import Adapter, DeltaAdapter, WeightAdapter
+    from .adapter import Adapter, DeltaAdapter, WeightAdapter, as_compute
     from .config import AdapterConfig, TargetedConfig
     from .discovery import refresh
     from .errors import (
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         TargetError,
     )
     from .hookspecs import hookimpl, hookspec
-    from .layers import BaseLayer, SiteRequest
+    from .layers import AttentionLayer, BaseLayer, ConvLayer, EmbeddingLayer, LinearLayer, SiteRequest
     from .methods import (
         Method,
         MethodInfo,
@@ -50,11 +50,15 @@ __all__ = [
     "AdapterConfig",
     "AdapterNameError",
     "AdapterNotFoundError",
+    "AttentionLayer",
     "BaseLayer",
     "CheckpointError",
     "CheckpointMismatchError",
     "ConfigError",
+    "ConvLayer",
     "DeltaAdapter",
+    "EmbeddingLayer",
+    "LinearLayer",
     "MergeError",
     "Method",
     "MethodClashError",
@@ -74,6 +78,7 @@ __all__ = [
     "TargetedConfig",
     "WeightAdapter",
     "__version__",
+    "as_compute",
     "available_methods",
     "get_peft_model",
     "get_peft_model_state_dict",
@@ -88,7 +93,7 @@ __all__ = [
 
 # The public names of each module. No name may be that of a submodule: importing that would hide the name.
 _NAMES = {
-    "adapter": ("Adapter", "DeltaAdapter", "WeightAdapter"),
+    "adapter": ("Adapter", "DeltaAdapter", "WeightAdapter", "as_compute"),
     "config": ("AdapterConfig", "TargetedConfig"),
     "discovery": ("refresh",),
     "errors": (
@@ -110,7 +115,7 @@ _NAMES = {
         "TargetError",
     ),
     "hookspecs": ("hookimpl", "hookspec"),
-    "layers": ("BaseLayer", "SiteRequest"),
+    "layers": ("AttentionLayer", "BaseLayer", "ConvLayer", "EmbeddingLayer", "LinearLayer", "SiteRequest"),
     "methods": (
         "Method",
         "MethodInfo",

@@ -36,6 +36,9 @@ class Adapter(nn.Module):
     additive: bool = False
     """Whether the site may add the delta itself, past `forward`; the core sets it."""
 
+    shared: Any
+    """The module of tensors that several sites use, as `peft_prepare` filled it; set by the core after building."""
+
     def __init__(self, layer: BaseLayer) -> None:
         super().__init__()
         self.layer = layer
@@ -113,7 +116,11 @@ class DeltaAdapter(Adapter):
         cls.additive = cls.forward is DeltaAdapter.forward
 
     def delta(self, x: Tensor) -> Tensor:
-        """What the adapter adds to the layer's output for input `x`, in the output's shape and dtype."""
+        """What the adapter adds to the layer's output for input `x`, in the output's shape and dtype.
+
+        At linear layers `x` is (rows, in) whatever the input's shape: positions are alike. If they are not,
+        write `Adapter.forward`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define delta(x)")
 
     def weight_delta(self) -> Tensor:
