@@ -20,6 +20,7 @@ from peft_core import BaseLayer, DeltaAdapter, LinearLayer, TargetedConfig, as_c
 class VeraConfig(TargetedConfig):
     peft_type: ClassVar[str] = "VERA"
     default_roles: ClassVar[tuple[str, ...]] = ("query", "value")
+    written_if_set: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})  # HF PEFT's class has no such field
 
     r: int = Field(256, ge=1)
     projection_prng_key: int = 0
