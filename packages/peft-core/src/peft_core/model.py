@@ -8,7 +8,7 @@ know.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ from .loading import load_into
 from .matching import LoadReport
 from .merging import merge, unmerge
 from .records import PeftState
-from .routing import BASE
+from .routing import BASE, Request
 from .subclass import base_class, rebuild, remember_checkpoints
 from .transaction import Undo
 from .tree import walk
@@ -84,10 +84,11 @@ class PeftModel:
         Raises `RequestError` where the names do not fit the batch or a method cannot be chosen per row.
         """
         forward = super().__call__  # type: ignore[misc]
+        routing, rows = self._peft.routing, _rows(self._peft, adapter_names)
         if torch.compiler.is_compiling():
-            return forward(*args, **kwargs)
-        routing = self._peft.routing
-        request = routing.request(_rows(self._peft, adapter_names))
+            request = routing.default if rows is None else Request(routing.default.active, rows)
+            return routing.traced(request, forward, *args, **kwargs)
+        request = routing.request(rows)
         if request != routing.default and getattr(self, "_compiled_call_impl", None) is not None:
             forward = self._call_impl  # type: ignore[attr-defined]  # the compiled graph is the standing choice's
         with routing.use(request):
@@ -313,11 +314,11 @@ class PeftModel:
         Keyword arguments are those of `load_adapter`. Raises as `load_adapter`.
         """
         if not isinstance(model, nn.Module) or model_id is None:
-            parent = super()
-            if cls is not PeftModel and hasattr(parent, "from_pretrained"):
+            own: Any = base_class(cls)
+            if own is not cls and hasattr(own, "from_pretrained"):
                 extra = {} if adapter_name == "default" else {"adapter_name": adapter_name}
                 args = (model,) if model_id is None else (model, model_id)
-                return parent.from_pretrained(*args, **extra, **kwargs)
+                return own.from_pretrained(*args, **extra, **kwargs)
             raise PeftError("PeftModel.from_pretrained takes the base model, then the adapter's directory")
         _load(model, model_id, adapter_name, activate=True, **kwargs)
         return model
@@ -347,16 +348,33 @@ class PeftModel:
         reduced: Any = super().__reduce_ex__(protocol)
         return (rebuild, (base_class(type(self)),), *reduced[2:])
 
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
-        remember_checkpoints(_module(self), self._peft.routing)
 
-
-def generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+def _generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
     """The model's `generate`. `adapter_names` chooses an adapter for each row of the batch."""
     routing = self._peft.routing
     with routing.use(routing.request(_rows(self._peft, adapter_names))):
         return super(PeftModel, self).generate(*args, **kwargs)
+
+
+def _get_compiled_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `generate` runs step by step where it compiles: a graph of the whole call is the standing choice's."""
+    routing = self._peft.routing
+    if routing.current() != routing.default:
+        return self.__call__
+    return super(PeftModel, self).get_compiled_call(*args, **kwargs)
+
+
+def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
+    super(PeftModel, self)._set_gradient_checkpointing(*args, **kwargs)
+    remember_checkpoints(self, self._peft.routing)
+
+
+OVERRIDES: dict[str, Callable[..., Any]] = {
+    "generate": _generate,
+    "get_compiled_call": _get_compiled_call,
+    "_set_gradient_checkpointing": _set_gradient_checkpointing,
+}
+"""Methods of transformers' models that adapted models have in another form, where their class has them at all."""
 
 
 def _module(model: Any) -> nn.Module:

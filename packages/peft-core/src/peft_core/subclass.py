@@ -6,6 +6,7 @@ It carries the name and module of the user's class, is made once per class, and 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -22,22 +23,33 @@ def adapted_class(cls: type) -> type:
 
 @functools.cache
 def _make(cls: type) -> type:
-    from .model import PeftModel, generate
+    from .model import OVERRIDES, PeftModel
+
+    maker: Any = cls
+
+    @functools.wraps(maker.__init__)
+    def new(adapted: type, *args: Any, **kwargs: Any) -> Any:
+        return cls(*args, **kwargs)  # a model made anew has no adapters: it is of the user's class
 
     namespace: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        "__new__": new,
         BASE_CLASS: cls,
     }
-    if hasattr(cls, "generate"):
-
-        @functools.wraps(cls.generate)
-        def generate_with_adapters(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return generate(self, *args, **kwargs)
-
-        namespace["generate"] = generate_with_adapters
+    for name, override in OVERRIDES.items():
+        if hasattr(cls, name):
+            namespace[name] = _with_signature_of(getattr(cls, name), override)
     return type(cls.__name__, (PeftModel, cls), namespace)
+
+
+def _with_signature_of(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def override(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    return override
 
 
 def base_class(cls: type) -> type:
@@ -48,8 +60,8 @@ def base_class(cls: type) -> type:
 
 def rebuild(cls: type) -> Any:
     """An empty instance for `copy` and `pickle` to fill."""
-    adapted: Any = adapted_class(cls)
-    return adapted.__new__(adapted)
+    make: Any = cls.__new__
+    return make(adapted_class(cls))
 
 
 def remember_checkpoints(model: nn.Module, routing: Routing | None) -> None:
