@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import TargetError
+from . import offload
+from .errors import MergeError, TargetError
 
 Params = dict[str, Tensor]
 
@@ -67,13 +68,21 @@ class BaseLayer:
         return self.request.names or tuple(name for name, _ in self.module.named_parameters())
 
     def params(self) -> Params:
-        """The weights as dense tensors, without a copy where the storage is dense."""
-        return {name: self._stored(name) for name in self.names}
+        """The weights as dense tensors, without a copy where the storage is dense and at hand."""
+        return {name: self._value(name) for name in self.names}
 
     def write(self, params: Mapping[str, Tensor]) -> None:
-        """Put new weights in place, rounding once to the stored dtype. The old parameters are left untouched."""
+        """Put new weights in place, rounding once to the stored dtype. The old parameters are left untouched.
+
+        Raises `MergeError` where the stored weights are kept elsewhere.
+        """
         for name, value in params.items():
             owner, attribute = self._owner(name)
+            if offload.execution_device(owner) is not None:
+                raise MergeError(
+                    f"{self.path}.{name}: the weight is offloaded, and would be read again from where it is kept at "
+                    "the next call; load the model without offloading to merge"
+                )
             old = owner._parameters[attribute]
             assert old is not None
             stored = self._to_storage(name, value).detach().to(old.dtype).contiguous()
@@ -91,7 +100,11 @@ class BaseLayer:
 
     def call(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The module's function with `params` in place of its own weights; the module itself is not touched."""
-        return shadowed(self.module, {n: self._to_storage(n, p) for n, p in params.items()})(*args, **kwargs)
+        stored = {n: self._to_storage(n, p) for n, p in params.items()}
+        if torch.compiler.is_compiling():
+            # The compiler follows this for every module, and a shadow for some only; nothing runs meanwhile.
+            return torch.func.functional_call(self.module, stored, args, kwargs)
+        return shadowed(self.module, stored)(*args, **kwargs)
 
     # -- building an adapter -------------------------------------------------------------------------------------
 
@@ -102,8 +115,11 @@ class BaseLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where an adapter of this layer is built."""
-        return self.build_device or self._first().device
+        """Where an adapter of this layer is built: where the layer computes."""
+        if self.build_device is not None:
+            return self.build_device
+        first = self._first()
+        return (self._runs_on() if first.is_meta else None) or first.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,6 +146,13 @@ class BaseLayer:
         if parameter is None:
             raise self.refuse(f"it has no parameter {name!r}; it has {[n for n, _ in self.module.named_parameters()]}")
         return parameter
+
+    def _value(self, name: str) -> Tensor:
+        owner, attribute = self._owner(name)
+        return offload.value_of(owner, attribute, self._stored(name))
+
+    def _runs_on(self) -> torch.device | None:
+        return offload.execution_device(self._owner(self.names[0])[0])
 
     def _first(self) -> Tensor:
         for name in self.names:
@@ -311,4 +334,5 @@ def shadowed(module: nn.Module, params: Mapping[str, Any]) -> nn.Module:
     if children:
         modules = {head: shadowed(module._modules[head], nested) for head, nested in children.items()}  # type: ignore[arg-type]
         clone.__dict__["_modules"] = {**module._modules, **modules}
+    offload.rebind(module, clone)
     return clone

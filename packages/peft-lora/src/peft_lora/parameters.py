@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from peft_core.adapter import WeightAdapter
@@ -58,6 +59,8 @@ class LoraParameter(WeightAdapter):
         return {**params, self.name: weight + ((up @ down) * self.scaling).to(weight.dtype)}
 
     def effective(self, params: Params) -> Params:
-        """As `merge`, the sum left unformed."""
+        """As `merge`, the sum left unformed (in a compiled graph it is formed: the compiler knows tensors only)."""
+        if torch.compiler.is_compiling():
+            return self.merge(params)
         up, down = self.factors()
         return {**params, self.name: cast(Any, Factored(params[self.name], up, down, self.scaling))}
