@@ -104,8 +104,8 @@ def make(seed: int = 0) -> Net:
     return Net()
 
 
-# HF PEFT's own warning about a choice that is the point of the test.
-@pytest.mark.filterwarnings("ignore:Specified to not save vera_A:UserWarning")
+# HF PEFT warns about a choice that is the point of the test.
+@pytest.mark.filterwarnings("ignore:Specified to not (save|load) vera_A:UserWarning")
 @pytest.mark.parametrize("saved", [True, False], ids=["projection-saved", "projection-from-seed"])
 class TestHuggingFacePeft:
     """Files and outputs are those of HF PEFT, projections made from a seed included."""
