@@ -113,6 +113,19 @@ def test_bfloat16(how: str) -> None:
     assert gap(out, exact) < 12 * 2**-9  # two products in a row, each some roundings of 2⁻⁹
 
 
+def test_one_adapter_per_row() -> None:
+    """Experts see the tokens of all rows in one list, row by row, so each token gets its row's adapter."""
+    model = adapted("mixtral", "grouped_mm")
+    model.add_adapter("other", LoraConfig(r=2, target_parameters=["down_proj"], init_lora_weights=False))
+    model.eval()
+    with torch.no_grad():
+        first = model(IDS).logits[0]
+        model.set_adapter("other")
+        second = model(IDS).logits[1]
+        mixed = model(IDS, adapter_names=["default", "other"]).logits
+    assert gap(mixed, torch.stack([first, second])) < 1e-5  # float32
+
+
 @pytest.mark.parametrize("how", ["batched_mm", "grouped_mm"])
 def test_one_compiled_graph(how: str) -> None:
     """Compiled as the base is, without a break. (The eager experts loop over data: no graph holds them.)"""
