@@ -526,8 +526,10 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     save(tmp_path, record())
     file = read(tmp_path)
     sizes: list[int] = []
-    original = AdapterFile._read
-    monkeypatch.setattr(AdapterFile, "_read", lambda self, at, size: sizes.append(size) or original(self, at, size))
+    original = AdapterFile._fill
+    monkeypatch.setattr(
+        AdapterFile, "_fill", lambda self, memory, at: sizes.append(len(memory)) or original(self, memory, at)
+    )
     assert list(file.load([A0])) == [A0]
     assert sizes == [2 * 6 * 4]
 

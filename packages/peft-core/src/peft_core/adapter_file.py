@@ -221,7 +221,8 @@ class AdapterFile:
             return torch.empty(shape, dtype=dtype)
         # Memory of torch's own: its alignment decides which kernels run, and so the last bit of a result.
         data = torch.empty(stop - start, dtype=torch.uint8)
-        self._fill(memoryview((ctypes.c_char * len(data)).from_address(data.data_ptr())).cast("B"), self._offset + start)
+        memory = memoryview((ctypes.c_char * len(data)).from_address(data.data_ptr())).cast("B")
+        self._fill(memory, self._offset + start)
         if dtype == torch.bool:  # Any other byte than 0 and 1 in a bool tensor is undefined behaviour.
             return data.ne(0).view(shape)
         return self._finite(key, data.view(dtype).view(shape))
