@@ -149,16 +149,6 @@ class Routing:
                 return outer
         return self.default
 
-    @contextmanager
-    def standing(self, request: Request) -> Iterator[None]:
-        """Change the standing choice for a while."""
-        before = self.default
-        self.default = request
-        try:
-            yield
-        finally:
-            self.default = before
-
     def __getstate__(self) -> dict[str, Any]:
         return {**Routing().__dict__, "default": self.default, "merged": self.merged}
 
