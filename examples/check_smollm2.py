@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ BFLOAT16_LOSS = 0.05
 class Outcome:
     """What a model says to the same batch and the same prompt."""
 
-    logits: Tensor  # (rows, length, vocabulary), float32
+    logits: Tensor  # (tokens of the answers, vocabulary), float32
     loss: float
     text: str
 
@@ -105,7 +106,9 @@ def _compare(
 def _open_with_hf_peft(folder: Path) -> Any:
     import peft
 
-    return peft.PeftModel.from_pretrained(load_base(torch.float32), folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it calls what transformers has renamed
+        return peft.PeftModel.from_pretrained(load_base(torch.float32), folder)
 
 
 if __name__ == "__main__":

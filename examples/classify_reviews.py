@@ -90,9 +90,7 @@ def load(part: str, count: int) -> Reviews:
     """The first `count` reviews. The file is a pickle, opened because `assets` has compared its digest."""
     file = assets.fetch("reviews") / f"{part}_data.pkl.compress"
     table = pandas.read_pickle(file, compression="xz")[:count]
-    tokens = _tokenizer()(
-        list(table["review"]), padding=True, truncation=True, max_length=64, return_tensors="pt"
-    )
+    tokens = _tokenizer()(list(table["review"]), padding=True, truncation=True, max_length=64, return_tensors="pt")
     labels = torch.tensor([score == "great" for score in table["score"]]).long()
     return Reviews(tokens["input_ids"], tokens["attention_mask"], labels)
 
@@ -130,9 +128,7 @@ def finetune(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return Result(
-        method, sum(p.numel() for p in trained), _accuracy(model, test), time.process_time() - started
-    )
+    return Result(method, sum(p.numel() for p in trained), _accuracy(model, test), time.process_time() - started)
 
 
 @torch.no_grad()

@@ -32,9 +32,7 @@ class Exchange:
         return sum(label != IGNORED for label in self.labels)
 
 
-def exchanges(
-    plays: list[Path], tokenizer: Any, *, max_tokens: int, min_words: int, seed: int
-) -> list[Exchange]:
+def exchanges(plays: list[Path], tokenizer: Any, *, max_tokens: int, min_words: int, seed: int) -> list[Exchange]:
     """Answers of at least `min_words` words, with the speech before each, shuffled; cut at `max_tokens`."""
     found = []
     for play in plays:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.plays import prompt_ids
+from examples.plays import IGNORED, prompt_ids
 from tools import assets
 
 CACHE = assets.ROOT.parent / "models" / "smollm2-135m-instruct"
@@ -35,9 +35,7 @@ def converted() -> Path:
 def _convert(source: Path, target: Path) -> None:
     print("converting the GGUF file to safetensors, once ...", flush=True)
     # Read in float32, which transformers recommends for GGUF files, and rounded to bfloat16 afterwards.
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=assets.SMOLLM2_FILE, dtype=torch.float32
-    )
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=assets.SMOLLM2_FILE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=assets.SMOLLM2_FILE)
     # The weights are plain tensors by now, but the model still carries the marks of a quantised one, with
     # which transformers refuses to save it.
@@ -70,7 +68,8 @@ def answer(model: Any, tokenizer: Any, said: str) -> str:
 
 @torch.no_grad()
 def logits_and_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, float]:
-    """Logits (batch, length, vocabulary), and the mean loss of the labelled tokens."""
+    """The logits that predict the answers' tokens, (tokens, vocabulary), and their mean loss."""
     model.eval()
     output = model(**batch)
-    return output.logits, output.loss.item()
+    predicted = batch["labels"][:, 1:] != IGNORED
+    return output.logits[:, :-1][predicted], output.loss.item()
