@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
-from .checkpoint import AdapterFile, LoadReport
+from . import checkpoint, layout
+from .adapter_file import AdapterFile, TensorsFile
 from .config import AdapterConfig
 from .errors import AdapterNameError, CheckpointError, CheckpointMismatchError
 from .hook_results import call_extensions
 from .layers import SiteRequest
 from .lifecycle import install, state_of
+from .locating import WEIGHTS
+from .matching import PREFIX, LoadReport, match
 from .methods import Method, load_method
 from .planning import META, Draft, build, draft
 from .records import AdapterRecord
@@ -60,7 +62,7 @@ def load_into(
     else:
         resolved = config
     if present is not None and present.method is method and _same_function(present.config, resolved):
-        expected = checkpoint.collect(present)
+        expected = layout.collect(present)
         if {k: (tuple(v.shape)) for k, v in expected.items()} == {k: s for k, (s, _) in file.shapes.items()}:
             _refill(model, present, file)
             assert state is not None
@@ -74,11 +76,11 @@ def load_into(
 def _read(path: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> AdapterFile:
     """The library's own files; where there are none, whatever an extension can make of the place."""
     place = Path(path) / (subfolder or "")
-    if place.exists() and not (place / checkpoint.WEIGHTS).is_file():
+    if place.exists() and not (place / WEIGHTS).is_file():
         foreign = call_extensions("peft_checkpoint", path=place)
         if foreign is not None:
             config, tensors = foreign
-            return checkpoint.TensorsFile(config, tensors, str(place))
+            return TensorsFile(config, tensors, str(place))
     return checkpoint.read(path, subfolder=subfolder, revision=revision)
 
 
@@ -104,12 +106,13 @@ def _build(
     )
     found.check()
     base = base_parameters(model, every_name=True)  # a file may hold tied weights twice
-    keys, report = checkpoint.match(file, checkpoint.collect(found.record), strict=strict, base_names=base.keys())
+    keys, report = match(file, layout.collect(found.record), strict=strict, base_names=base.keys())
     _check_base(base, file, report)
     if report.missing:  # only where strict is off: what the file lacks gets its starting value
         found = draft(model, name, config, method=method, float32=float32, trusted=trusted)
         found.check()
-    loaded = file.load(list(keys.values()), _device(model))
+    device = next((layer.device for layer in found.layers), _device(model))
+    loaded = file.load(list(keys.values()), device)
     values = {key: loaded[theirs] for key, theirs in keys.items()}
     _fill(model, found, values, tensors_for)
     return found, report
@@ -120,7 +123,7 @@ def _fill(
 ) -> None:
     record = found.record
     for index, (layer, adapter, keys) in enumerate(
-        zip(found.layers, record.adapters, checkpoint.keys_by_adapter(record), strict=True)
+        zip(found.layers, record.adapters, layout.keys_by_adapter(record), strict=True)
     ):
         state = {slot: values[key] for slot, key in keys.items() if key in values}
         if len(state) < len(keys):
@@ -130,7 +133,7 @@ def _fill(
             adapter = build(record, layer, model, tensors_for(layer.request), initialise=False)
             record.adapters[index] = adapter
         adapter.load_state(state)
-    for slot, key in checkpoint.shared_keys(record).items():
+    for slot, key in layout.shared_keys(record).items():
         if key in values:
             owner_path, _, attribute = slot.rpartition(".")
             owner = record.shared.get_submodule(owner_path)
@@ -154,9 +157,10 @@ def _unsaved(module: nn.Module) -> list[Tensor]:
 
 def _refill(model: nn.Module, record: AdapterRecord, file: AdapterFile) -> None:
     """New values into the tensors that are there, by pointer: all of them or none."""
-    values = file.load(list(file.shapes), _device(model))
+    tensors = layout.collect(record)
+    values = file.load(list(file.shapes), next((t.device for t in tensors.values()), _device(model)))
     with Undo() as undo, torch.no_grad():
-        for key, tensor in checkpoint.collect(record).items():
+        for key, tensor in tensors.items():
             undo.add(lambda tensor=tensor, old=tensor.data: setattr(tensor, "data", old))  # type: ignore[misc]
             tensor.data = values[key].to(device=tensor.device, dtype=tensor.dtype)
 
@@ -177,7 +181,7 @@ def _by_module(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, d
     """The file's tensors (shapes only) by every module path they may belong to."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, (shape, _) in shapes.items():
-        parts = key.removeprefix(checkpoint.PREFIX).split(".")
+        parts = key.removeprefix(PREFIX).split(".")
         empty = torch.empty(shape, device=META)
         for cut in range(len(parts)):
             found.setdefault(".".join(parts[:cut]), {})[".".join(parts[cut:])] = empty

@@ -52,6 +52,11 @@ class SavedModule(Adapter):
     def _copy(layer: BaseLayer) -> nn.Module:
         memo: dict[int, Any] = {}
         for tensor in layer.module.parameters():
+            if tensor.is_meta and layer.device.type != "meta":
+                raise layer.refuse(
+                    "its weights are offloaded, so that a trainable copy would be written over at each call; load the "
+                    "model with this module on a device (device_map)"
+                )
             dtype = layer.dtype if tensor.is_floating_point() else tensor.dtype
             value = (
                 torch.empty_like(tensor, device="meta", dtype=dtype)
