@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_core import checkpoint
+from peft_core import checkpoint, layout
 from peft_core.adapter import Adapter
 from peft_core.config import TargetedConfig
 from peft_core.hookspecs import hookimpl
@@ -92,7 +92,7 @@ def digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def digest_of_record(made: AdapterRecord) -> str:
-    return digest(made.config.to_dict(), checkpoint.collect(made))
+    return digest(made.config.to_dict(), layout.collect(made))
 
 
 def digest_of_directory(directory: Path) -> str:

@@ -21,9 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_core import checkpoint
-from peft_core.adapter_file import AdapterFile
-from peft_core.checkpoint import CONFIG, PREFIX, WEIGHTS, TensorsFile, check_name, collect, match, read, save
+from peft_core import layout
+from peft_core.adapter_file import AdapterFile, TensorsFile
+from peft_core.adapter_names import check_name
+from peft_core.checkpoint import read, save
 from peft_core.errors import (
     AdapterNameError,
     CheckpointError,
@@ -33,6 +34,9 @@ from peft_core.errors import (
 )
 from peft_core.hookspecs import hookimpl
 from peft_core.layers import SiteRequest
+from peft_core.layout import collect
+from peft_core.locating import CONFIG, WEIGHTS
+from peft_core.matching import PREFIX, LoadReport, match
 
 A0 = f"{PREFIX}layers.0.q_proj.lora_A.weight"
 B0 = f"{PREFIX}layers.0.q_proj.lora_B.weight"
@@ -117,11 +121,11 @@ def test_keys_are_those_of_the_layout() -> None:
         + ["base_model.bank", "base_model.table", "base_model.inner.weight", "base_model.inner.bias"]
     )
     assert collect(made)["base_model.bank"] is shared.bank
-    assert checkpoint.keys_by_adapter(made)[2] == {
+    assert layout.keys_by_adapter(made)[2] == {
         "first": f"{PREFIX}m.in_proj.lora_A.weight",
         "second": f"{PREFIX}m.in_proj.lora_B.weight",
     }
-    assert checkpoint.shared_keys(made)["inner.bias"] == "base_model.inner.bias"
+    assert layout.shared_keys(made)["inner.bias"] == "base_model.inner.bias"
 
 
 def test_a_copied_module_keeps_its_own_names() -> None:
@@ -628,7 +632,7 @@ def test_keys_with_and_without_prefix_are_the_same() -> None:
     for stripped in (False, True):
         file = in_memory({k.removeprefix(PREFIX) if stripped else k: v for k, v in expected.items()})
         keys, report = match(file, expected)
-        assert report == checkpoint.LoadReport()
+        assert report == LoadReport()
         assert list(keys) == list(expected)
         assert all(theirs == (mine.removeprefix(PREFIX) if stripped else mine) for mine, theirs in keys.items())
 

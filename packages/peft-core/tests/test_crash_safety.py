@@ -25,8 +25,9 @@ from hostile.corpus import Case, good, packed, write
 from records_by_hand import HandConfig, digest_of_directory, digest_of_record, record
 
 from peft_core import files
-from peft_core.checkpoint import CONFIG, WEIGHTS, read, save
+from peft_core.checkpoint import read, save
 from peft_core.errors import CheckpointError
+from peft_core.locating import CONFIG, WEIGHTS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the operations are those of POSIX systems")
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint, trainer
+from . import trainer
+from .adapter_names import check_name
 from .config import AdapterConfig
 from .errors import AdapterNameError, MergeError
 from .inject import attach, detach
@@ -24,7 +25,7 @@ def state_of(model: nn.Module) -> PeftState | None:
 
 
 def checked_draft(model: nn.Module, name: str, config: AdapterConfig, float32: bool, revision: str | None) -> Draft:
-    checkpoint.check_name(name)
+    check_name(name)
     state = state_of(model)
     if state is not None and name in state.adapters:
         raise AdapterNameError(

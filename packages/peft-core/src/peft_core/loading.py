@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from . import checkpoint, layout
 from .adapter_file import AdapterFile, TensorsFile
+from .adapter_names import check_name
 from .config import AdapterConfig
 from .errors import AdapterNameError, CheckpointError, CheckpointMismatchError
 from .hook_results import call_extensions
 from .layers import SiteRequest
-from .lifecycle import install, state_of
+from .lifecycle import install, require_unmerged, state_of
 from .locating import WEIGHTS
 from .matching import PREFIX, LoadReport, match
 from .methods import Method, load_method
@@ -43,12 +44,15 @@ def load_into(
     low_cpu_mem_usage: bool = False,
 ) -> LoadReport:
     """Read, match, build and install one adapter; see `PeftModel.load_adapter`."""
+    check_name(name)
     if torch_device is not None and torch.device(torch_device) != _device(model):
         raise CheckpointError(
             f"torch_device={str(torch_device)!r}: an adapter is loaded to where its layers are, {_device(model)}; move "
             "the model, or leave the argument out"
         )
     state = state_of(model)
+    if state is not None:
+        require_unmerged(state, "loading an adapter")
     present = state.adapters.get(name) if state else None
     if present is not None and not replace:
         raise AdapterNameError(

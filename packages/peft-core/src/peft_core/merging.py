@@ -7,6 +7,8 @@ closed again by unmerging.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -103,3 +105,13 @@ def _progress(sites: dict[str, Site], progressbar: bool) -> list[tuple[str, Site
 
         return tqdm(items, desc="Merging", unit="layer")  # type: ignore[no-any-return]
     return items
+
+
+def names_to_merge(state: PeftState, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The adapters to merge: those named, or the active ones. Raises `AdapterNotFoundError`, `MergeError`."""
+    chosen = state.active if names is None else (names,) if isinstance(names, str) else tuple(names)
+    for name in chosen:
+        state.record(name)
+    if not chosen:
+        raise MergeError("no adapter is active, so there is nothing to merge")
+    return chosen

@@ -8,7 +8,7 @@ know.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +20,14 @@ from . import checkpoint, status
 from .config import AdapterConfig
 from .errors import AdapterNameError, CheckpointError, MergeError, PeftError
 from .inject import detach
+from .layout import collect
 from .lifecycle import activate_records, checked_draft, install, leave, note_ties, require_unmerged
 from .loading import load_into
 from .matching import LoadReport
-from .merging import merge, unmerge
+from .merging import merge, names_to_merge, unmerge
 from .records import PeftState
 from .routing import BASE, Request
-from .subclass import base_class, rebuild, remember_checkpoints
+from .subclass import base_class, rebuild
 from .transaction import Undo
 from .tree import walk
 
@@ -84,7 +85,7 @@ class PeftModel:
         Raises `RequestError` where the names do not fit the batch or a method cannot be chosen per row.
         """
         forward = super().__call__  # type: ignore[misc]
-        routing, rows = self._peft.routing, _rows(self._peft, adapter_names)
+        routing, rows = self._peft.routing, rows_of(self._peft, adapter_names)
         if torch.compiler.is_compiling():
             request = routing.default if rows is None else Request(routing.default.active, rows)
             return routing.traced(request, forward, *args, **kwargs)
@@ -201,7 +202,7 @@ class PeftModel:
         """
         state = self._peft
         require_unmerged(state, "merge_adapter")
-        names = _names_to_merge(state, adapter_names)
+        names = names_to_merge(state, adapter_names)
         with Undo() as undo:
             undo.keep_state(state)
             state.snapshots = merge(state, names, undo, progressbar=progressbar)
@@ -227,7 +228,7 @@ class PeftModel:
         with Undo() as undo:
             undo.keep_state(state)
             if not state.routing.merged:
-                merge(state, _names_to_merge(state, adapter_names), undo, progressbar=progressbar)
+                merge(state, names_to_merge(state, adapter_names), undo, progressbar=progressbar)
             elif adapter_names is not None and tuple(adapter_names) != state.routing.merged:
                 require_unmerged(state, "merge_and_unload")
             leave(model, state, undo)
@@ -320,7 +321,7 @@ class PeftModel:
                 args = (model,) if model_id is None else (model, model_id)
                 return own.from_pretrained(*args, **extra, **kwargs)
             raise PeftError("PeftModel.from_pretrained takes the base model, then the adapter's directory")
-        _load(model, model_id, adapter_name, activate=True, **kwargs)
+        load_into(model, model_id, adapter_name, activate=True, **kwargs)
         return model
 
     def load_adapter(
@@ -336,11 +337,11 @@ class PeftModel:
         Raises `CheckpointError` or `CheckpointMismatchError` (missing, unknown, mis-shaped or non-finite tensors, by
         name), `ConfigError`, `TargetError`, `MethodError`; the model is then as it was.
         """
-        return _load(_module(self), model_id, adapter_name, activate=False, **kwargs)
+        return load_into(_module(self), model_id, adapter_name, activate=False, **kwargs)
 
     def get_adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """One adapter's tensors under the keys of its file."""
-        return checkpoint.collect(self._peft.record(adapter_name))
+        return collect(self._peft.record(adapter_name))
 
     # -- python --------------------------------------------------------------------------------------------------
 
@@ -349,39 +350,8 @@ class PeftModel:
         return (rebuild, (base_class(type(self)),), *reduced[2:])
 
 
-def _generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-    """The model's `generate`. `adapter_names` chooses an adapter for each row of the batch."""
-    routing = self._peft.routing
-    with routing.use(routing.request(_rows(self._peft, adapter_names))):
-        return super(PeftModel, self).generate(*args, **kwargs)
-
-
-def _get_compiled_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """What `generate` runs step by step where it compiles: a graph of the whole call is the standing choice's."""
-    routing = self._peft.routing
-    if routing.current() != routing.default:
-        return self.__call__
-    return super(PeftModel, self).get_compiled_call(*args, **kwargs)
-
-
-def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
-    super(PeftModel, self)._set_gradient_checkpointing(*args, **kwargs)
-    remember_checkpoints(self, self._peft.routing)
-
-
-OVERRIDES: dict[str, Callable[..., Any]] = {
-    "generate": _generate,
-    "get_compiled_call": _get_compiled_call,
-    "_set_gradient_checkpointing": _set_gradient_checkpointing,
-}
-"""Methods of transformers' models that adapted models have in another form, where their class has them at all."""
-
-
-def _module(model: Any) -> nn.Module:
-    return cast(nn.Module, model)
-
-
-def _rows(state: PeftState, names: Sequence[str] | None) -> tuple[str, ...] | None:
+def rows_of(state: PeftState, names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names of a call's rows, checked. Raises `AdapterNotFoundError`."""
     if names is None:
         return None
     rows = (names,) if isinstance(names, str) else tuple(names)
@@ -391,20 +361,8 @@ def _rows(state: PeftState, names: Sequence[str] | None) -> tuple[str, ...] | No
     return rows
 
 
-def _load(model: nn.Module, path: Any, name: str, *, activate: bool, **kwargs: Any) -> LoadReport:
-    checkpoint.check_name(name)
-    if isinstance(model, PeftModel):
-        require_unmerged(model._peft, "loading an adapter")
-    return load_into(model, path, name, activate=activate, **kwargs)
-
-
-def _names_to_merge(state: PeftState, names: Sequence[str] | None) -> tuple[str, ...]:
-    chosen = state.active if names is None else (names,) if isinstance(names, str) else tuple(names)
-    for name in chosen:
-        state.record(name)
-    if not chosen:
-        raise MergeError("no adapter is active, so there is nothing to merge")
-    return chosen
+def _module(model: Any) -> nn.Module:
+    return cast(nn.Module, model)
 
 
 def get_peft_model_state_dict(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:

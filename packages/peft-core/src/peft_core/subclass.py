@@ -23,7 +23,8 @@ def adapted_class(cls: type) -> type:
 
 @functools.cache
 def _make(cls: type) -> type:
-    from .model import OVERRIDES, PeftModel
+    from .model import PeftModel
+    from .overrides import OVERRIDES
 
     maker: Any = cls
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import WEIGHTS
 from .errors import CheckpointError
+from .locating import WEIGHTS
 
 _MARK = "_peft_core_dispatches"
 
