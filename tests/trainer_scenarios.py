@@ -150,7 +150,9 @@ def resumes_exactly(make: Callable[[int], Any], scratch: Path, data: Dataset, **
     base = {key: value.clone() for key, value in whole.base_state_dict().items()}
     start = {name: state(whole, name) for name in whole.peft_config}
     trainer(whole, scratch / "whole", data, **arguments).train()
-    trainer(again, scratch / "again", data, **arguments).train(resume_from_checkpoint=str(scratch / "whole/checkpoint-2"))
+    trainer(again, scratch / "again", data, **arguments).train(
+        resume_from_checkpoint=str(scratch / "whole/checkpoint-2")
+    )
     for name in whole.peft_config:
         assert difference(start[name], state(whole, name)) > 0, f"{name} was not trained"
         assert difference(state(whole, name), state(again, name)) == 0.0
@@ -404,9 +406,7 @@ def a_model_without_adapters_is_left_alone(scratch: Path) -> None:
 
     class Keep(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            snapshot.update(
-                {k: v.clone() for k, v in plain.state_dict().items()} if state.global_step == 2 else {}
-            )
+            snapshot.update({k: v.clone() for k, v in plain.state_dict().items()} if state.global_step == 2 else {})
 
     run = trainer(plain, scratch, sentences(), callbacks=[Keep()])
     run.train()
