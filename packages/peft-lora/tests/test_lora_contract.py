@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from peft_core import AdapterConfig
+from typing import ClassVar
+
 from peft_core.testing import CASES, MethodContract
 from peft_lora import LoraConfig
 
@@ -12,18 +13,11 @@ LINEAR = ("linear",)
 GROUPED = tuple(name for name in CASES if "groups" in name or "depthwise" in name)
 
 
-# LoRA's own modules, one for each kind of layer.
-PARTS = "attention biases config conv dora embedding factored linear parameters selection settings tokens"
-SIBLINGS = tuple(f"peft_lora.{name}" for name in PARTS.split())
-
-
 class TestLora(MethodContract):
     config = LoraConfig(r=8, lora_alpha=12)
     layer_kinds = (*LINEAR, *CONVOLUTIONS, "attention", "embedding")
     refused_cases = ("attention-wide-keys",)
     unmergeable_cases = GROUPED
-    exact_gradients = False  # the padding token's row has none, as in the embedding itself
-    siblings = SIBLINGS
 
 
 class TestRandomStart(MethodContract):
@@ -31,18 +25,12 @@ class TestRandomStart(MethodContract):
     layer_kinds = (*LINEAR, *CONVOLUTIONS, "attention", "embedding")
     refused_cases = ("attention-wide-keys",)
     unmergeable_cases = GROUPED
-    siblings = SIBLINGS
-
-    def configure(self, targets: list[str]) -> AdapterConfig:
-        # Without the embedding, whose padding row has no gradient: here gradients are those of the function.
-        return self.config.resolve(target_modules=[t for t in targets if t != "embedding"] or targets)
 
 
 class TestOrthogonalStart(MethodContract):
     config = LoraConfig(r=8, init_lora_weights="orthogonal")
     layer_kinds = (*LINEAR, "attention")
     refused_cases = ("attention-wide-keys",)
-    siblings = SIBLINGS
 
 
 class TestDora(MethodContract):
@@ -50,4 +38,14 @@ class TestDora(MethodContract):
     layer_kinds = (*LINEAR, *CONVOLUTIONS, "embedding")
     refused_cases = GROUPED
     exact_gradients = False  # the paper holds the norm constant in the backward pass
-    siblings = SIBLINGS
+
+
+class TestLoraBias(MethodContract):
+    config: ClassVar[LoraConfig] = LoraConfig(r=8, lora_bias=True)
+    layer_kinds = (*LINEAR, *CONVOLUTIONS, "attention")
+    refused_cases = ("attention-wide-keys", "attention-no-bias")
+    unmergeable_cases = (*GROUPED, *(name for name in CASES if name.endswith("no-bias")))
+
+    def configure(self, targets: list[str]) -> LoraConfig:
+        # Without the one layer of the suite's model that has no bias to merge into.
+        return self.config.resolve(target_modules=[name for name in targets if not name.endswith(".down")])

@@ -72,9 +72,8 @@ class IA3Config(TargetedConfig):
             extra = [name for name in names if name not in targets and not name.endswith(ends)]
             if extra:
                 raise ValueError(
-                    f"feedforward_modules names {extra}, which target_modules does not. Feed-forward layers "
-                    "are targets "
-                    "that are rescaled at their input: name them in both"
+                    f"feedforward_modules names {extra}, which target_modules does not. Feed-forward layers are "
+                    "targets that are rescaled at their input: name them in both"
                 )
         return self
 
@@ -93,9 +92,8 @@ def peft_resolve(config: IA3Config, model: nn.Module, matched: Sequence[str]) ->
     roles = role_names(model_type_of(model), ("down",))
     if roles is None:
         raise TargetError(
-            "feedforward_modules is not given, and what the feed-forward layers of this model are called is "
-            "not known. "
-            "Name the targets whose input is to be rescaled, or give feedforward_modules=[] to rescale "
+            "feedforward_modules is not given, and what the feed-forward layers of this model are called is not "
+            "known. Name the targets whose input is to be rescaled, or give feedforward_modules=[] to rescale "
             "outputs only"
         )
     down = {path for path in matched if NameMatcher(roles, what="roles", trusted=True).matches(path)}
@@ -153,9 +151,7 @@ class IA3Adapter(Adapter):
             shape = (1, self.size) if feedforward else (self.size, 1)
             self.broadcast = (self.size,)
         else:
-            raise layer.refuse(
-                "IA3 rescales the input or output of linear and convolution layers, not of this one"
-            )
+            raise layer.refuse("IA3 rescales the input or output of linear and convolution layers, not of this one")
         self.feedforward = feedforward
         self.starts_as_base = ones
         self.ia3_l = layer.parameter(*shape)

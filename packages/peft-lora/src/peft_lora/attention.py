@@ -1,5 +1,4 @@
-"""LoRA on `nn.MultiheadAttention`: on its packed input projection (3d, d) and on its output projection (d,
-d).
+"""LoRA on `nn.MultiheadAttention`: on its packed input projection (3d, d) and its output projection (d, d).
 
 The module's kernel reads both weights itself, so the adapter is applied to the weights. (HF PEFT adds the
 output projection's part twice; here it is added once, as the formula says.)
@@ -32,14 +31,16 @@ class Factors(nn.Module):
 class LoraAttention(WeightAdapter):
     """Factors of the input projection and, under `out_proj`, of the output projection.
 
-    Raises `TargetError` where queries, keys and values have different widths: there is no packed projection
-    then.
+    Raises `TargetError` where queries, keys and values have different widths (there is no packed projection then),
+    and for `lora_bias` where the module has no biases.
     """
 
     def __init__(self, layer: AttentionLayer, settings: Settings) -> None:
         super().__init__(layer)
         if layer.module.in_proj_weight is None:
             raise layer.refuse("its queries, keys and values have different widths; only equal ones can be adapted")
+        if settings.bias and layer.module.in_proj_bias is None:
+            raise layer.refuse("lora_bias=True acts through the layer's own bias, and it has none; leave lora_bias off")
         d = layer.embed_dim
         self.settings = settings
         self.starts_as_base = settings.init is not False

@@ -109,9 +109,8 @@ class Behaviour(Setup):
             not missing,
             "gradients reach every trained tensor of the adapter",
             f"none, zero or not finite: {missing}",
-            "Adapter.forward: a tensor that is not used, or a .detach() / no_grad on its way; a tensor that "
-            "is never "
-            "trained is marked with requires_grad_(False) in __init__",
+            "Adapter.forward: a tensor that is not used, or a .detach() / no_grad on its way; a tensor that is "
+            "never trained is marked with requires_grad_(False) in __init__",
         )
         own = {id(p) for p in parameters.values()}
         leaked = [
@@ -212,8 +211,7 @@ class Behaviour(Setup):
             model.set_adapter(order)
             out = run(model, x)
             look = (
-                "Adapter.forward / merge: start from `base(...)` or `base.params()`, never from the layer's "
-                "own "
+                "Adapter.forward / merge: start from `base(...)` or `base.params()`, never from the layer's own "
                 "weights or module, or the adapters further in are lost"
             )
             check(
@@ -254,9 +252,8 @@ class Behaviour(Setup):
             difference <= self.tolerance,
             "with `adapter_names`, each row comes out as in a run with its adapter alone",
             f"rows differ by {difference:.2g}",
-            "Adapter.forward: does a row depend on the other rows (a mean over the batch)? Then set `rowwise "
-            "= False` "
-            "on the adapter's class",
+            "Adapter.forward: does a row depend on the other rows (a mean over the batch)? Then set `rowwise = "
+            "False` on the adapter's class",
         )
 
     # -- leaving ---------------------------------------------------------------------------------------------

@@ -183,8 +183,7 @@ class Features(Setup):
             not siblings,
             "loading a method imports no other method, so that a broken one harms nobody else",
             f"imported: {siblings}",
-            f"the package's __init__: re-export lazily (PEP 562); the imports of {module}; or name what the "
-            "method "
+            f"the package's __init__: re-export lazily (PEP 562); the imports of {module}; or name what the method "
             "needs in `siblings`",
         )
 
@@ -257,6 +256,8 @@ def _llama() -> Any:
         eos_token_id=None,
         pad_token_id=0,
         initializer_range=0.5,
+        attention_bias=True,
+        mlp_bias=True,
     )
     return seeded(lambda: LlamaForCausalLM(config))
 

@@ -188,9 +188,8 @@ class Layers(Setup):
             difference <= self.tolerance,
             f"{case.name}: the model computes what the adapter's `forward` computes",
             f"outputs differ by {difference:.2g}; the adapter counts as {'' if adapter.additive else 'not '}additive",
-            "a DeltaAdapter's subclass that overrides `forward` but is marked additive, or whose "
-            "`accumulate` is not "
-            "out + delta(x): derive from Adapter, or let delta say everything",
+            "a DeltaAdapter's subclass that overrides `forward` but is marked additive, or whose `accumulate` is "
+            "not out + delta(x): derive from Adapter, or let delta say everything",
         )
 
     def _check_gradients(self, model: Any, case: Case) -> None:

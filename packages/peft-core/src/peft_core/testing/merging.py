@@ -44,9 +44,8 @@ class Merging(Setup):
                 difference <= self.tolerance,
                 f"merged weights compute what the adapters {names} computed",
                 f"outputs differ by {difference:.2g}",
-                "Adapter.merge / weight_delta against Adapter.forward / delta: scaling, transposition, "
-                "order; a forward "
-                "of a DeltaAdapter's subclass that differs from base + delta",
+                "Adapter.merge / weight_delta against Adapter.forward / delta: scaling, transposition, order; a "
+                "forward of a DeltaAdapter's subclass that differs from base + delta",
             )
             model.unmerge_adapter()
             _check_weights(model, before, "unmerging gives back the base's weights bit for bit")
