@@ -122,3 +122,18 @@ def test_activation_checkpointing_recomputes_under_the_forwards_request(kind):
 
     for plain, recomputed in zip(grads(None), grads(kind), strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "saved"])
+def test_a_recompute_that_could_be_anybodys_is_refused(kind):
+    model = get_peft_model(net(checkpoint=kind), UP_DOWN)
+    model.add_adapter("b", GainConfig(target_modules=["up"]))
+    model.set_adapter(["default", "b"])
+    model.embed.weight.requires_grad_(True)
+    first = model(IDS, adapter_names=["b"] * 4)
+    second = model(IDS, adapter_names=["default"] * 4)
+    with pytest.raises(RequestError, match="different adapters came before one backward"):
+        (first + second).sum().backward()
+    for names in (["b"] * 4, ["default"] * 4):  # one after the other is fine, as often as one likes
+        model(IDS, adapter_names=names).sum().backward()
+    (model(IDS) + model(IDS)).sum().backward()

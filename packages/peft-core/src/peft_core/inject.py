@@ -21,7 +21,7 @@ def attach(model: nn.Module, state: PeftState, draft: Draft, undo: Undo) -> None
         site = state.sites.get(path)
         if site is None:
             site = Site(view(draft.tree, SiteRequest(path)), state.routing)
-            _place(draft.tree, layer, site, undo)
+            _place(draft.tree, layer, site, state, undo)
             state.sites[path] = site
         undo.keep(site._chains)
         undo.keep(site.adapters._modules)
@@ -60,16 +60,22 @@ def detach(model: nn.Module, state: PeftState, name: str, undo: Undo) -> None:
     del state.adapters[name]
 
 
-def _place(tree: Tree, layer: BaseLayer, site: Site, undo: Undo) -> None:
+def _place(tree: Tree, layer: BaseLayer, site: Site, state: PeftState, undo: Undo) -> None:
     module = layer.module
     if not tree.places.get(id(module)):
         raise TargetError(
             f"{layer.path or 'the model itself'}: adapters sit at modules inside the model, and this one has no parent"
         )
     _replace(tree, module, site, undo)
-    if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in tree.ancestors(module)):
-        # Its fused kernel for inference reads weights past the modules; it stands back where hooks are present.
-        site.register_forward_pre_hook(stand_in_the_way)
+    for parent in tree.ancestors(module):
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its fused kernel for inference reads weights past the modules; it stands back where hooks are present.
+            site.register_forward_pre_hook(stand_in_the_way)
+        elif isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor:
+            # Nested tensors are for that kernel alone.
+            undo.add(lambda parent=parent: setattr(parent, "use_nested_tensor", True))  # type: ignore[misc]
+            parent.use_nested_tensor = False
+            state.unnested.append(parent)
 
 
 def stand_in_the_way(module: nn.Module, args: object) -> None:

@@ -102,6 +102,9 @@ def leave(model: nn.Module, state: PeftState, undo: Undo) -> None:
     undo.add(lambda: [parameter.requires_grad_(False) for parameter in thawed])
     for parameter in thawed:
         parameter.requires_grad_(True)
+    for encoder in state.unnested:
+        undo.add(lambda encoder=encoder: setattr(encoder, "use_nested_tensor", False))  # type: ignore[misc]
+        encoder.use_nested_tensor = True  # type: ignore[assignment]
     model.__class__ = base_class(cls)
     del model.__dict__["_peft"]
 
@@ -114,11 +117,12 @@ def require_unmerged(state: PeftState, action: str) -> None:
         )
 
 
-def note_ties(model: nn.Module) -> None:
+def note_ties(model: nn.Module, undo: Undo) -> None:
     """Merging into one of two tied tables opens the tie; the model's config must then say so."""
     config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
         return
     output, inputs = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     if output is not None and inputs is not None and output.weight is not inputs.weight:
+        undo.add(lambda: setattr(config, "tie_word_embeddings", True))
         config.tie_word_embeddings = False

@@ -232,7 +232,7 @@ class PeftModel:
             elif adapter_names is not None and tuple(adapter_names) != state.routing.merged:
                 require_unmerged(state, "merge_and_unload")
             leave(model, state, undo)
-        note_ties(model)
+            note_ties(model, undo)
         return model
 
     def unload(self) -> Any:

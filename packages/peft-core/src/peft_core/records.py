@@ -72,6 +72,8 @@ class PeftState:
     """Names of the base parameters that required gradients before the first adapter came."""
     snapshots: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
     """Original parameters of the sites whose adapters are merged, by path."""
+    unnested: list[nn.Module] = field(default_factory=list)
+    """Encoders that are kept from nested tensors while they hold adapters."""
 
     active: tuple[str, ...] = ()
     enabled: bool = True

@@ -65,7 +65,8 @@ class Routing:
         self._requests: dict[int, Request] = {}
         self._in_flight: tuple[Request, ...] = ()
         self._traced: Request | None = None
-        self._last: Request | None = None
+        self._recent: tuple[Request, ...] = ()
+        self._recomputed = False
 
     def current(self) -> Request:
         """The request of the calling thread's running call, or the standing choice."""
@@ -80,10 +81,23 @@ class Routing:
                 "the compiled model's graph broke, and the part that runs outside of it cannot know the call's "
                 "adapter_names; compile with fullgraph=True to see where, or call the model uncompiled"
             )
-        # A block recomputed in backward by a checkpoint the model did not hand us: the last call is the best answer.
-        if self._last is not None and torch._C._current_graph_task_id() != -1:
-            return self._last
+        if self._recent and _in_backward():
+            return self._recomputing()
         return self.default
+
+    def _recomputing(self) -> Request:
+        """The request of a block that is recomputed by a checkpoint function which did not remember it.
+
+        Raises `RequestError` where calls with different requests came before this backward.
+        """
+        self._recomputed = True
+        if len(self._recent) > 1:
+            raise RequestError(
+                "calls with different adapters came before one backward, and the model's own activation checkpointing "
+                "recomputes a block without saying whose it is; call backward after each of them, or wrap the "
+                "checkpoint function with peft_core.routing.remembering"
+            )
+        return self._recent[0]
 
     def _current_of_graph(self) -> Request:
         if self._traced is not None:
@@ -128,8 +142,9 @@ class Routing:
             yield
         finally:
             self._note(ident, outer)
-            if torch.is_grad_enabled():
-                self._last = request
+            if torch.is_grad_enabled() and not _in_backward():
+                recent = () if self._recomputed else self._recent
+                self._recent, self._recomputed = tuple(dict.fromkeys((*recent, request))), False
 
     def _note(self, ident: int, request: Request | None) -> None:
         with _NOTING:
@@ -151,6 +166,10 @@ class Routing:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**Routing().__dict__, "default": self.default, "merged": self.merged}
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def remembering(routing: Routing, checkpoint: Callable[..., Any]) -> Callable[..., Any]:

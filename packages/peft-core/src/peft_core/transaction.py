@@ -34,6 +34,8 @@ class Undo:
         """Register that a model's record of its adapters, and who is active, come back."""
         for mapping in (state.__dict__, state.adapters, state.sites, state.routing.__dict__):
             self.keep(mapping)
+        unnested = list(state.unnested)
+        self.add(lambda: state.unnested.__setitem__(slice(None), unnested))
 
     def keep_flags(self, record: AdapterRecord) -> None:
         """Register that an adapter's trainability comes back."""
