@@ -12,7 +12,7 @@ import tomllib
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     page.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/**/*.md", "packages/*/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "packages/*/*.md", "examples/*/*.md")
     for page in ROOT.glob(pattern)
 )
 

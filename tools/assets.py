@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -114,8 +115,11 @@ def fetch(name: str) -> Path:
             (kept / file).parent.mkdir(parents=True, exist_ok=True)
             source.replace(kept / file)
         shutil.rmtree(ROOT / name, ignore_errors=True)
-        kept.replace(ROOT / name)
+        with suppress(OSError):  # another process may have put it there meanwhile
+            kept.replace(ROOT / name)
     _complete.cache_clear()
+    if find(name) is None:
+        raise AssetError(f"{name} could not be moved to {ROOT / name}; delete that folder and try again")
     return ROOT / name
 
 
