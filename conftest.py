@@ -12,10 +12,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 
 from tools import assets as store
+
+# Where a change is judged, the same cases every time; elsewhere new ones, to find what nobody thought of.
+hypothesis.settings.register_profile("judge", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("judge")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

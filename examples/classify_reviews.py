@@ -30,9 +30,9 @@ from peft_lora import LoraConfig
 from tools import assets
 
 HEAD = ("classifier",)  # new, so trained and saved whole
-LORA = LoraConfig(r=8, lora_alpha=16, target_modules=("query", "key", "value", "dense"), modules_to_save=HEAD)
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "key", "value", "dense"], modules_to_save=HEAD)
 IA3 = IA3Config(
-    target_modules=("key", "value", "output.dense"),
+    target_modules=["key", "value", "output.dense"],
     feedforward_modules=("output.dense",),
     modules_to_save=HEAD,
 )

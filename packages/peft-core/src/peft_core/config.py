@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
@@ -28,6 +28,14 @@ CONFIG_NAME = "adapter_config.json"
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 SelfConfig = TypeVar("SelfConfig", bound="AdapterConfig")
+
+# What a field of several names or numbers holds, and what may be given for it.
+if TYPE_CHECKING:
+    Names = Sequence[str]
+    Indices = Sequence[int]
+else:
+    Names = tuple[str, ...]
+    Indices = tuple[int, ...]
 
 
 class AdapterConfig(BaseModel):
@@ -244,11 +252,11 @@ class TargetedConfig(AdapterConfig):
     # Whether an empty `target_modules` is meaningful: the method has sites beyond the matched modules.
     allow_no_targets: ClassVar[bool] = False
 
-    target_modules: str | tuple[str, ...] | None = None
-    exclude_modules: str | tuple[str, ...] | None = None
-    layers_to_transform: int | tuple[int, ...] | None = None
-    layers_pattern: str | tuple[str, ...] | None = None
-    modules_to_save: tuple[str, ...] | None = None
+    target_modules: str | Names | None = None
+    exclude_modules: str | Names | None = None
+    layers_to_transform: int | Indices | None = None
+    layers_pattern: str | Names | None = None
+    modules_to_save: Names | None = None
 
     @field_validator("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", mode="before")
     @classmethod
@@ -379,6 +387,8 @@ __all__ = [
     "CONFIG_NAME",
     "TASK_TYPES",
     "AdapterConfig",
+    "Indices",
+    "Names",
     "TargetedConfig",
     "dump_json",
     "parse_json",

@@ -114,6 +114,11 @@ class BaseLayer:
         return self.params()["weight"]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the first parameter, as it is stored."""
+        return tuple(self._first().shape)
+
+    @property
     def device(self) -> torch.device:
         """Where an adapter of this layer is built: where the layer computes."""
         if self.build_device is not None:

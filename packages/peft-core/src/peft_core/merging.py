@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import hook_results
 from .errors import MergeError
+from .layers import BaseLayer
 from .planning import HALF
 from .records import PeftState
 from .site import Site
@@ -30,7 +31,7 @@ def merge(
     finite, or where a layer has no place for it (a bias it lacks).
     """
     snapshots: dict[str, dict[str, nn.Parameter]] = {}
-    ties: dict[int, list[tuple[Site, str, nn.Parameter]]] = {}
+    ties: dict[int, list[tuple[BaseLayer, str, nn.Parameter]]] = {}
     for path, site in _progress(state.sites, progressbar):
         if not site.chain(names):
             continue
@@ -42,8 +43,8 @@ def merge(
         undo.add(lambda layer=layer, before=before: layer.restore(before))  # type: ignore[misc]
         layer.write(merged)
         snapshots[path] = before
-        for name in merged:
-            ties.setdefault(id(before[name]), []).append((site, name, before[name]))
+        for name, parameter in layer.snapshot(tuple(merged)).items():
+            ties.setdefault(id(before[name]), []).append((layer, name, parameter))
     for members in ties.values():
         _tie_again(members)
     return snapshots
@@ -60,7 +61,8 @@ def unmerge(state: PeftState, undo: Undo) -> None:
 
 def _merged(state: PeftState, site: Site, path: str, names: tuple[str, ...]) -> dict[str, Tensor]:
     layer = site._layer
-    params = {n: p.float() if p.dtype in HALF else p for n, p in layer.params().items()}
+    stored = layer.params()
+    params = {n: p.float() if p.dtype in HALF else p for n, p in stored.items()}
     before = dict(params)
     for name in names:
         record = state.adapters[name]
@@ -80,22 +82,21 @@ def _merged(state: PeftState, site: Site, path: str, names: tuple[str, ...]) -> 
             raise MergeError(
                 f"{path}.{name}: merging gives shape {tuple(value.shape)}, the layer has {tuple(before[name].shape)}"
             )
-        if not torch.isfinite(value.to(layer.module.get_parameter(name).dtype)).all():
+        dtype = stored[name].dtype
+        if not torch.isfinite(value.to(dtype)).all():
             raise MergeError(
-                f"{path}.{name}: the merged weight is not finite in {layer.module.get_parameter(name).dtype}; look for "
-                "NaN or infinite values in the adapter, or merge into a base of a wider dtype"
+                f"{path}.{name}: the merged weight is not finite in {dtype}; look for NaN or infinite values in the "
+                "adapter, or merge into a base of a wider dtype"
             )
     return changed
 
 
-def _tie_again(members: list[tuple[Site, str, nn.Parameter]]) -> None:
+def _tie_again(members: list[tuple[BaseLayer, str, nn.Parameter]]) -> None:
     """Modules that shared a parameter and come out equal go on sharing one."""
-    if len(members) < 2:
-        return
-    values = [site.base_layer.get_parameter(name) for site, name, _ in members]
-    if all(v.shape == values[0].shape and torch.equal(v, values[0]) for v in values[1:]):
-        for site, name, _ in members[1:]:
-            site._layer.restore({name: values[0]})
+    first = members[0][2]
+    if all(first.shape == other.shape and torch.equal(first, other) for _, _, other in members[1:]):
+        for layer, name, _ in members[1:]:
+            layer.restore({name: first})
 
 
 def _progress(sites: dict[str, Site], progressbar: bool) -> list[tuple[str, Site]]:

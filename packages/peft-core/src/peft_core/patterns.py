@@ -2,7 +2,7 @@
 
 Two forms select modules: a string is a regular expression for the whole path; in a tuple each entry is a
 name, equal to the path or to its end at a dot, or a glob (an entry with `*`, `?` or `[`) for the same: `*`
-stays within one component, `**` crosses dots.
+stays within one component, `**`, as a whole component, crosses dots.
 
 Patterns of the user are run by `re`. Patterns from files (`trusted=False`) could be made to run for years or
 to eat memory, so they are limited in length and repeats, and matched under one time limit.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import regex  # type: ignore[import-untyped]
@@ -38,9 +38,9 @@ D = TypeVar("D")
 class NameMatcher:
     """Matches paths against the entries of one config field, and remembers which entries were of use."""
 
-    def __init__(self, entries: str | tuple[str, ...], *, what: str, trusted: bool) -> None:
+    def __init__(self, entries: str | Sequence[str], *, what: str, trusted: bool) -> None:
         """`what` names the field in errors. Raises `ConfigError` for a pattern that cannot be used."""
-        self.entries = (entries,) if isinstance(entries, str) else entries
+        self.entries = (entries,) if isinstance(entries, str) else tuple(entries)
         self._used: set[str] = set()
         self._names: set[str] = set()
         self._patterns: list[tuple[str, _Pattern]] = []
@@ -222,7 +222,7 @@ def _glob(entry: str) -> str:
         if entry.startswith("**.", at) and (at == 0 or entry[at - 1] == "."):
             parts.append(r"(?:.*\.)?")  # Any number of components, none included.
             at += 3
-        elif entry.startswith("**", at):
+        elif entry[at:] == "**" and (at == 0 or entry[at - 1] == "."):
             parts.append(".*")
             at += 2
         elif char == "*":

@@ -111,15 +111,18 @@ def draft(
     except PeftError as error:
         problems.append(str(error))
         return result
+    built: list[BaseLayer] = []
     for layer in layers:
         layer.build_device = device
         found = tensors(layer.request) if tensors else None
         try:
             record.adapters.append(build(record, layer, model, found, initialise=tensors is None))
+            built.append(layer)
         except PeftError as error:
             problems.append(str(error))
         finally:
             layer.build_device = None
+    result.layers = built
     if not problems:
         record.note_learned()
     return result
@@ -324,9 +327,9 @@ def plan(model: nn.Module, config: AdapterConfig, adapter_name: str = "default")
     record = found.record
     counted = {id(p): p.numel() for owner, key in record.learned if (p := owner._parameters[key]) is not None}
     sites = []
+    # Before the adapters are built, problems leave none of them.
     for layer, adapter in zip(found.layers, record.adapters, strict=False):
-        shapes = [tuple(getattr(layer.module.get_parameter(n), "shape", ())) for n in layer.names[:1]]
-        shape = " × ".join(map(str, shapes[0])) if shapes else "-"
+        shape = " × ".join(map(str, layer.shape))
         count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
         sites.append(PlannedSite(layer.path, type(layer.module).__name__, shape, type(adapter).__name__, count))
     return Plan(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peft_core.adapter import Adapter, as_compute
 from peft_core.architectures import model_type_of, role_names
-from peft_core.config import TargetedConfig
+from peft_core.config import Names, TargetedConfig
 from peft_core.errors import TargetError
 from peft_core.hookspecs import hookimpl
 from peft_core.layers import BaseLayer, ConvLayer, LinearLayer, Params
@@ -53,7 +53,7 @@ class IA3Config(TargetedConfig):
     # Fields that other readers of the file do not know.
     written_if_set: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
 
-    feedforward_modules: str | tuple[str, ...] | None = None
+    feedforward_modules: str | Names | None = None
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
 
