@@ -147,8 +147,7 @@ class AdapterFile:
         start, stop = span
         if len(shape) > MAX_DIMS or start > stop:
             raise self._damaged(f"the header's entry of {named(key)} has an impossible shape or span of data")
-        # Dtypes unknown here are refused where they would be used, by name, together with all else that is
-        # wrong.
+        # Dtypes unknown here are refused where they would be used, by name, together with all else that is wrong.
         if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
             raise self._damaged(
                 f"{named(key)} of shape {shape} and dtype {dtype} does not fit its {stop - start} bytes"
@@ -158,8 +157,7 @@ class AdapterFile:
 
     def _damaged(self, what: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.source}: not a whole safetensors file: {what}. It was cut short, damaged, or made "
-            "by something "
+            f"{self.source}: not a whole safetensors file: {what}. It was cut short, damaged, or made by something "
             "else; get it again from where it came from."
         )
 
@@ -171,8 +169,7 @@ class AdapterFile:
         peft_type = self.config.get("peft_type")
         if not isinstance(peft_type, str) or not peft_type:
             raise CheckpointError(
-                f"{self.source}: the config's peft_type is {named(peft_type)}; it should name the "
-                "adapter's method, "
+                f"{self.source}: the config's peft_type is {named(peft_type)}; it should name the adapter's method, "
                 'as in "peft_type": "NAME". This is not the config of an adapter, or it was edited.'
             )
         return peft_type.lower()
@@ -191,8 +188,7 @@ class AdapterFile:
         layout = self.metadata.get(LAYOUT_KEY, str(LAYOUT))
         if layout != str(LAYOUT):
             raise CheckpointError(
-                f"{self.source}: written in layout {named(layout)}, and this version of peft-core "
-                "reads layout "
+                f"{self.source}: written in layout {named(layout)}, and this version of peft-core reads layout "
                 f"{LAYOUT}. Upgrade it: pip install -U peft-core"
             )
         text = self.metadata.get(CONFIG_KEY)
@@ -230,8 +226,7 @@ class AdapterFile:
     def _finite(self, key: str, tensor: Tensor) -> Tensor:
         if not all_finite(tensor):
             raise CheckpointMismatchError(
-                f"{self.source}: {named(key)} holds numbers that are not finite (NaN or infinity). The "
-                "training that "
+                f"{self.source}: {named(key)} holds numbers that are not finite (NaN or infinity). The training that "
                 "wrote it diverged, or the file is damaged; use an earlier checkpoint."
             )
         return tensor
@@ -250,9 +245,8 @@ class AdapterFile:
                     count = self._raw.readinto(rest)
                     if not count:
                         raise CheckpointError(
-                            f"{self.source}: ended {len(rest)} bytes early: it was cut short while it "
-                            "was read. "
-                            "Load it again when nobody writes to it."
+                            f"{self.source}: ended {len(rest)} bytes early: it was cut short while it was read. Load "
+                            "it again when nobody writes to it."
                         )
                     rest = rest[count:]
         except (OSError, ValueError) as error:

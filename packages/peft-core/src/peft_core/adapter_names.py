@@ -16,9 +16,8 @@ def check_name(name: object) -> str:
     why = _what_is_wrong(name)
     if why:
         raise AdapterNameError(
-            f"{shown(name, 300)} cannot be the name of an adapter: {why}. A name is one part of a path: "
-            "letters, digits, "
-            "'_' and '-', up to 128 of them."
+            f"{shown(name, 300)} cannot be the name of an adapter: {why}. A name is one part of a path: letters, "
+            "digits, '_' and '-', up to 128 of them."
         )
     return str(name)
 

@@ -49,7 +49,6 @@ EDITABLE = frozenset(
 )
 
 
-
 # ---- writing
 
 
@@ -96,10 +95,8 @@ def save(
             files.replace_together(target, [(WEIGHTS, content), (CONFIG, text.encode())], check)
     except OSError as error:
         raise CheckpointError(
-            f"{target}: the adapter {record.name!r} could not be saved: {error}. What was there before "
-            "is still "
-            "whole, or the new checkpoint is; make room or choose a directory that can be written, "
-            "and save again."
+            f"{target}: the adapter {record.name!r} could not be saved: {error}. What was there before is still whole, "
+            "or the new checkpoint is; make room or choose a directory that can be written, and save again."
         ) from error
 
 
@@ -208,12 +205,9 @@ def _read_directory(directory: Path) -> AdapterFile:
             file = _open_pair(directory)
     if file is None:
         raise CheckpointError(
-            f"{directory}: {CONFIG} and {WEIGHTS} do not belong together: the config differs from the "
-            "one that was "
-            "saved with the tensors. One of them was copied from elsewhere, or edited. Put the right "
-            f"{CONFIG} back; "
-            f"or delete it to go by the copy inside {WEIGHTS}. (Only {', '.join(sorted(EDITABLE))} may "
-            "be edited.)"
+            f"{directory}: {CONFIG} and {WEIGHTS} do not belong together: the config differs from the one that was "
+            f"saved with the tensors. One of them was copied from elsewhere, or edited. Put the right {CONFIG} back; "
+            f"or delete it to go by the copy inside {WEIGHTS}. (Only {', '.join(sorted(EDITABLE))} may be edited.)"
         )
     return file
 
@@ -269,6 +263,3 @@ def _journal_entry(directory: Path, embedded: Mapping[str, Any]) -> Path | None:
         if _read_config(entry, lenient=True) == embedded:
             return entry
     return None
-
-
-# ---- finding

@@ -43,10 +43,8 @@ def layout(record: AdapterRecord) -> dict[str, Slot]:
         if key in found:
             first, second = (_described(record, s) for s in (found[key], slot))
             raise CheckpointError(
-                f"adapter {record.name!r}: {first} and {second} would both be {key!r} in a file, so "
-                "one would be lost. "
-                f"This is a mistake in the {record.method.label}: its peft_state_key must map "
-                "different slots to "
+                f"adapter {record.name!r}: {first} and {second} would both be {key!r} in a file, so one would be lost. "
+                f"This is a mistake in the {record.method.label}: its peft_state_key must map different slots to "
                 "different keys, and several parts at one module need a key_prefix each."
             )
         found[key] = slot

@@ -58,9 +58,8 @@ def _download(repository: str, subfolder: str | None, revision: str | None) -> P
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # The client's errors and those of its transport have no common base.
         raise CheckpointError(
-            f"{what}, and it could not be fetched from the Hugging Face hub ({type(error).__name__}: "
-            f"{error}). "
-            "Check the path or the repository's name; without a network, give a local directory."
+            f"{what}, and it could not be fetched from the Hugging Face hub ({type(error).__name__}: {error}). Check "
+            "the path or the repository's name; without a network, give a local directory."
         ) from error
 
 

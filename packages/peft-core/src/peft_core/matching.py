@@ -139,10 +139,8 @@ def _message(file: AdapterFile, report: LoadReport, expected: Mapping[str, Tenso
     if renamed:
         lines.append(renamed)
     lines.append(
-        "Nothing was loaded. The adapter was trained on another model or with another config, or the "
-        "file was "
-        "edited; load it on the model it names, or pass strict=False to load what fits and get a "
-        "report of the rest."
+        "Nothing was loaded. The adapter was trained on another model or with another config, or the file was edited; "
+        "load it on the model it names, or pass strict=False to load what fits and get a report of the rest."
     )
     return "\n".join(lines)
 

@@ -1,6 +1,4 @@
-"""Trained biases of the base (`bias="all"` or "lora_only"). The base keeps its own; the adapter has
-another.
-"""
+"""Trained biases of the base (`bias="all"` or "lora_only"). The base keeps its own; the adapter has another."""
 
 from __future__ import annotations
 
@@ -11,9 +9,7 @@ from peft_core.layers import BaseLayer, ConvLayer, LinearLayer, Params
 
 
 class BiasShift(DeltaAdapter):
-    """b' on a linear layer or a convolution, as the difference b' - b on the output: no order among
-    adapters.
-    """
+    """b' on a linear layer or a convolution, as the difference b' - b on the output: no order among adapters."""
 
     def __init__(self, layer: LinearLayer | ConvLayer) -> None:
         super().__init__(layer)

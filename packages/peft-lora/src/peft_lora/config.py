@@ -33,23 +33,29 @@ class LoraConfig(TargetedConfig):
     """Low-rank adaptation, y = base(x) + s B A x with s = lora_alpha / r.
 
     Args:
-        r: the rank; `rank_pattern` has exceptions by path. `lora_alpha` and `alpha_pattern` likewise.
+        target_modules: as in every method with targets. Left out, it means the layers customary for the model's type
+            (mostly those of queries and values), or none where `target_parameters` names some. It may be empty next
+            to `target_parameters` or `trainable_token_indices`.
+        r: the rank.
+        lora_alpha: numerator of the scaling s.
+        lora_dropout: probability of dropout on what A reads, in training. Embeddings have none.
+        fan_in_fan_out: kept for files of other writers: how a layer stores its weight is seen from the layer.
+        bias: which of the base's own biases are trained as well: "none", "all", or those of the targets ("lora_only").
+            The base keeps its biases; the adapter has its own.
         use_rslora: s = lora_alpha / √r.
-        lora_dropout: on what A reads, in training.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1 / r, B zero),
+            "orthogonal" (A and B random with B A = 0; linear layers and attention, even ranks only), or False
+            (both random: the adapter then changes the model from the start).
+        rank_pattern: exceptions from `r`, {key: rank}. A key is the path of a layer or of a single parameter, the end
+            of one at a dot, or a regular expression for it.
+        alpha_pattern: exceptions from `lora_alpha`, likewise.
+        trainable_token_indices: rows of the input embedding to train, or {module name: rows}. A tied head follows.
         use_dora: learn the norm of each of the weight's rows apart from its direction.
         lora_bias: a learned bias next to B.
-        bias: which of the base's own biases are trained as well: "none", "all", or those of the targets
-            ("lora_only"). The base keeps its biases; the adapter has its own.
-        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1 / r, B
-        zero),
-            "orthogonal", or False (both random: the adapter then changes the model from the start).
-        target_parameters: names of single 2-D or 3-D parameters, such as stacked experts (
-        target_parameters: names of single 2-D or 3-D parameters, such as stacked experts
-        (
-        ("experts.down_proj"). trainable_token_indices: rows of the input embedding to train, or {module name:
-        rows}. A tied head follows. ensure_weight_tying: what is learned at one of two tied layers holds for
-        both. fan_in_fan_out: kept for files of other writers: how a layer stores its weight is seen from the
-        layer.
+        target_parameters: names of single 2-D or 3-D parameters, such as stacked experts ("experts.down_proj").
+        ensure_weight_tying: what is learned at one of two tied layers holds for both.
+
+    The other fields are those of `TargetedConfig`.
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -118,12 +124,9 @@ class LoraConfig(TargetedConfig):
         start = self.init_lora_weights
         if isinstance(start, str) and (start in MOVED_THE_BASE or NITER.fullmatch(start)):
             raise ConfigError(
-                f"{source}: init_lora_weights={start!r} changed the base's weights when the training began, "
-                f"and the "
-                "adapter's tensors count from there. Convert it to plain LoRA where it was trained: HF "
-                "PEFT's "
-                "save_pretrained(..., path_initial_model_for_weight_conversion=...) writes one that loads "
-                "anywhere."
+                f"{source}: init_lora_weights={start!r} changed the base's weights when the training began, and the "
+                "adapter's tensors count from there. Convert it to plain LoRA where it was trained: HF PEFT's "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...) writes one that loads anywhere."
             )
         return self
 
@@ -224,9 +227,8 @@ class LoraConfig(TargetedConfig):
             for name in ("lora_dropout", "use_dora", "lora_bias"):
                 if getattr(self, name):
                     raise ValueError(
-                        f"{name} is not possible with target_parameters: a parameter has no input of its "
-                        f"own; "
-                        "give those layers an adapter of their own"
+                        f"{name} is not possible with target_parameters: a parameter has no input of its own; give "
+                        "those layers an adapter of their own"
                     )
         return self
 

@@ -56,8 +56,7 @@ class LoraConv(DeltaAdapter):
     def weight_delta(self) -> Tensor:
         if self.layer.groups > 1:
             raise MergeError(
-                f"{self.layer.path}: its convolution has {self.layer.groups} groups, and the adapter reads "
-                f"all input "
+                f"{self.layer.path}: its convolution has {self.layer.groups} groups, and the adapter reads all input "
                 "channels, so their sum is not a kernel of this layer; keep the adapter attached"
             )
         return torch.einsum("or,r...->o...", self.lora_B.flatten(1), self.lora_A) * self.scaling

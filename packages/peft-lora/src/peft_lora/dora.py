@@ -11,8 +11,7 @@ where the first term is constant while the base is, and the others cost as much 
 
 Stacked with other adapters it adds its change of the layer's own weight, g ∘ (W + sBA) - W, to theirs.
 
-"Rows" are the weight's outputs: rows of a linear layer, kernels of a convolution, columns of an "
-"embedding's table.
+"Rows" are the weight's outputs: rows of a linear layer, kernels of a convolution, columns of an embedding's table.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ Lora = LoraLinear | LoraConv | LoraEmbedding
 class Dora(Adapter):
     """Magnitudes m around the LoRA of one layer.
 
-    Shape of m: (out,) for linear layers, (d,) for embeddings, (1, out, 1, ...) for convolutions, as in HF
-    PEFT's files.
+    Shape of m: (out,) for linear layers, (d,) for embeddings, (1, out, 1, ...) for convolutions, as in HF PEFT's files.
     """
 
     def __init__(self, layer: BaseLayer, lora: Lora) -> None:
@@ -95,9 +93,7 @@ class Dora(Adapter):
         return {**params, "weight": weight + (moved * gain.view(shape) - own)}
 
     def norm(self, weight: Tensor, squares: Tensor | None = None) -> Tensor:
-        """‖W + sBA‖ by row, (out,) in float32 or wider, without a graph; `squares` are ‖W‖² where they are
-        known.
-        """
+        """‖W + sBA‖ by row, (out,) in float32 or wider, without a graph; `squares` are ‖W‖² where they are known."""
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if squares is None:
                 squares = self.squares(weight)

@@ -86,10 +86,8 @@ class _Tied(DeltaAdapter):
                 mine.is_meta or theirs.is_meta or torch.allclose(theirs.to(mine), mine, rtol=1e-2, atol=1e-6)
             ):
                 raise CheckpointMismatchError(
-                    f"{self.layer.path}.{slot}: ensure_weight_tying says that tied layers share one "
-                    f"adapter, but the "
-                    "file holds two different ones; set ensure_weight_tying to false in its config to load "
-                    "both"
+                    f"{self.layer.path}.{slot}: ensure_weight_tying says that tied layers share one adapter, but the "
+                    "file holds two different ones; set ensure_weight_tying to false in its config to load both"
                 )
 
 

@@ -28,8 +28,7 @@ class Factored:
         self.scaling = scaling
         self._split: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
-    # -- what a tensor says about itself
-    # ---------------------------------------------------------------------------
+    # -- what a tensor says about itself -------------------------------------------------------------------------
 
     @property
     def shape(self) -> torch.Size:
@@ -64,8 +63,7 @@ class Factored:
             raise AttributeError(name)
         return getattr(self.dense(), name)
 
-    # -- forming the sum
-    # -----------------------------------------------------------------------------------------
+    # -- forming the sum -----------------------------------------------------------------------------------------
 
     def dense(self) -> Tensor:
         """W + s U D as a tensor."""
@@ -73,8 +71,7 @@ class Factored:
         add = torch.addmm if weight.dim() == 2 else torch.baddbmm
         return add(weight, as_compute(self.up, weight), as_compute(self.down, weight), alpha=self.scaling)
 
-    # -- views
-    # ---------------------------------------------------------------------------------------------------
+    # -- views ---------------------------------------------------------------------------------------------------
 
     def __getitem__(self, index: Any) -> Any:
         if self.ndim == 3 and _is_number(index):
@@ -105,8 +102,7 @@ class Factored:
     def T(self) -> Any:
         return self.transpose(0, 1) if self.ndim == 2 else self.dense().T
 
-    # -- products
-    # ------------------------------------------------------------------------------------------------
+    # -- products ------------------------------------------------------------------------------------------------
 
     def __matmul__(self, x: Any) -> Tensor:
         return self.before(torch.matmul, x)
@@ -199,9 +195,7 @@ def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _aligned(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors with a rank whose rows fill whole 16 bytes, as the grouped kernels want; zeros add
-    nothing.
-    """
+    """The factors with a rank whose rows fill whole 16 bytes, as the grouped kernels want; zeros add nothing."""
     step = 16 // up.element_size()
     missing = -up.shape[-1] % step
     if missing:

@@ -1,7 +1,6 @@
 """LoRA on linear layers: y = W x + b + s (B A x + c).
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", https://arxiv.org/abs/2106.09685,
-section 4.1.
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", https://arxiv.org/abs/2106.09685, section 4.1.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ def add_bias(params: Params, bias: Tensor | None, scaling: float, layer: BaseLay
         return params
     if name not in params:
         raise MergeError(
-            f"{layer.path}: the adapter has a bias (lora_bias=True) and the layer has none to merge it "
-            f"into; keep the "
+            f"{layer.path}: the adapter has a bias (lora_bias=True) and the layer has none to merge it into; keep the "
             "adapter attached, or give the layer a bias of zeros before adapting it"
         )
     return {**params, name: params[name] + (bias * scaling).to(params[name].dtype)}

@@ -147,8 +147,7 @@ def _build(config: LoraConfig, layer: BaseLayer, settings: Settings, loading: bo
             raise layer.refuse("use_dora is for linear layers, convolutions and embeddings; exclude it")
         if settings.dropout and not loading:
             raise layer.refuse(
-                "its weights are read by one kernel, so lora_dropout cannot be put before them; set "
-                "lora_dropout=0 or "
+                "its weights are read by one kernel, so lora_dropout cannot be put before them; set lora_dropout=0 or "
                 "exclude it"
             )
         return LoraAttention(layer, settings)
@@ -163,8 +162,7 @@ def _build(config: LoraConfig, layer: BaseLayer, settings: Settings, loading: bo
         lora = LoraLinear(layer, settings)
     else:
         raise layer.refuse(
-            "LoRA adapts linear layers, convolutions, embeddings and nn.MultiheadAttention; name single "
-            "parameters of "
+            "LoRA adapts linear layers, convolutions, embeddings and nn.MultiheadAttention; name single parameters of "
             "other modules in target_parameters"
         )
     return Dora(layer, lora) if config.use_dora else lora

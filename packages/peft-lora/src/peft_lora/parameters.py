@@ -44,9 +44,7 @@ class LoraParameter(WeightAdapter):
         start(self.lora_A, self.lora_B, None, self.settings.init, self.settings.r)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """U (e, d1, r) and D (e, r, d2), or without the first axis, with ΔW = s U D in the weight's
-        orientation.
-        """
+        """U (e, d1, r) and D (e, r, d2), or without the first axis, with ΔW = s U D in the weight's orientation."""
         down = self.lora_A.view(self.count, -1, self.lora_A.shape[1])
         up = self.lora_B.view(self.lora_B.shape[0], -1, self.count).permute(2, 0, 1).contiguous()
         if self.transposed is not self.turned:

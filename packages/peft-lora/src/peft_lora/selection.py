@@ -1,6 +1,4 @@
-"""Sites beyond the matched modules: single parameters, biases, rows of embeddings, and layers tied to
-adapted ones.
-"""
+"""Sites beyond the matched modules: single parameters, biases, rows of embeddings, and layers tied to adapted ones."""
 
 from __future__ import annotations
 
@@ -146,8 +144,7 @@ def tree_path_of_input_embedding(tree: Model) -> str:
         if module is embedding or (embedding is None and path.rpartition(".")[2] == "embed_tokens"):
             return path
     raise TargetError(
-        "trainable_token_indices: the model does not say which module is its input embedding; give a "
-        "mapping from the "
+        "trainable_token_indices: the model does not say which module is its input embedding; give a mapping from the "
         "module's name to the indices"
     )
 

@@ -93,8 +93,7 @@ def start(a: Tensor, b: Tensor, bias: Tensor | None, init: bool | str, r: int) -
 def _orthogonal(a: Tensor, b: Tensor, r: int) -> None:
     """A and B in complementary subspaces of one orthogonal basis of R^r, so that B A = 0.
 
-    "LoRA with orthogonal initialisation" as in HF PEFT: A from the odd rows of Q, B from the even ones, "
-    "each a tenth.
+    "LoRA with orthogonal initialisation" as in HF PEFT: A from the odd rows of Q, B from the even ones, each a tenth.
     """
     if r % 2:
         raise ValueError(f"the orthogonal start needs an even rank, not {r}")

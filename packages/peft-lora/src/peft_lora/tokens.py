@@ -1,8 +1,7 @@
 """Trained rows of an embedding (`trainable_token_indices`), and of a head tied to it.
 
-The adapter holds the rows themselves (their values, not a difference), in the order of the config's indices.
-The table is not touched and not copied: rows of the output are chosen by looking each id up among the
-indices.
+The adapter holds the rows themselves (their values, not a difference), in the order of the config's indices. The table
+is not touched and not copied: rows of the output are chosen by looking each id up among the indices.
 """
 
 from __future__ import annotations
@@ -83,9 +82,7 @@ class HeadRows(_OwnRows):
 
 
 class _TiedRows(_Rows):
-    """The rows of another module's adapter, for a module that shares its weight. Has no tensors of its
-    own.
-    """
+    """The rows of another module's adapter, for a module that shares its weight. Has no tensors of its own."""
 
     def __init__(self, layer: BaseLayer, indices: Sequence[int], adapters: Mapping[str, Adapter], path: str) -> None:
         super().__init__(layer, indices)
@@ -134,9 +131,7 @@ def recomputed(adapter: _Rows, base: Link, out: Tensor, x: Tensor) -> Tensor:
 
 
 def own_rows(layer: BaseLayer, indices: Sequence[int]) -> Adapter:
-    """The adapter of a layer's own rows. Raises `TargetError` for a layer that is no embedding and no
-    head.
-    """
+    """The adapter of a layer's own rows. Raises `TargetError` for a layer that is no embedding and no head."""
     if isinstance(layer, EmbeddingLayer):
         return EmbeddingRows(layer, indices)
     if isinstance(layer, LinearLayer):
