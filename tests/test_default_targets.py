@@ -54,10 +54,7 @@ def test_targets_are_those_of_hf(config: type, model_type: str, expected: str | 
 def test_feed_forward_layers_are_those_of_hf(model_type: str) -> None:
     """They are the down projections among the targets; mt5 has none there."""
     down = set(role_names(model_type, ["down"]) or ())
-    assert (
-        sorted(down & set(default_targets(IA3Config, model_type) or ()))
-        == DATA["ia3_feedforward"][model_type]
-    )
+    assert sorted(down & set(default_targets(IA3Config, model_type) or ())) == DATA["ia3_feedforward"][model_type]
 
 
 @pytest.mark.parametrize(

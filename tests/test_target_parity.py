@@ -96,9 +96,7 @@ def hf_chooses(model: nn.Module, fields: dict[str, Any]) -> list[str]:
         return sorted(LoraModel(model, peft.LoraConfig(**fields), "default", True).targeted_module_names)
 
 
-@pytest.mark.parametrize(
-    ("build", "fields"), CASES, ids=[f"{m.__name__}-{i}" for i, (m, _) in enumerate(CASES)]
-)
+@pytest.mark.parametrize(("build", "fields"), CASES, ids=[f"{m.__name__}-{i}" for i, (m, _) in enumerate(CASES)])
 def test_same_modules_as_hf(build: Any, fields: dict[str, Any]) -> None:
     with torch.device("meta"):
         ours, theirs = build(), build()

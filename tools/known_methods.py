@@ -39,9 +39,7 @@ def render() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if the file is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file is out of date")
     if not parser.parse_args().check:
         TARGET.write_text(render(), encoding="utf-8")
     elif TARGET.read_text(encoding="utf-8") != render():

@@ -250,9 +250,7 @@ def test_pickle_copy_hash() -> None:
 
 
 def test_round_trip_through_a_directory(tmp_path: Path) -> None:
-    config = ToyConfig(
-        target_modules=["v", "q"], ranks={"b": 1, "a": 2}, task_type="CAUSAL_LM", pairs=[[1, 2]]
-    )
+    config = ToyConfig(target_modules=["v", "q"], ranks={"b": 1, "a": 2}, task_type="CAUSAL_LM", pairs=[[1, 2]])
     path = config.save_pretrained(tmp_path / "new")
     assert path == tmp_path / "new" / "adapter_config.json"
     assert ToyConfig.from_pretrained(tmp_path / "new") == config
@@ -286,8 +284,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "init": st.booleans() | st.just("gaussian"),
     "ranks": st.dictionaries(text, integers, max_size=3),
     "pairs": st.lists(st.lists(integers, min_size=1, max_size=3), max_size=2),
-    "tokens": st.lists(integers, max_size=3)
-    | st.dictionaries(text, st.lists(integers, max_size=3), max_size=3),
+    "tokens": st.lists(integers, max_size=3) | st.dictionaries(text, st.lists(integers, max_size=3), max_size=3),
     "inference_mode": st.booleans(),
     "revision": text | integers,
 }

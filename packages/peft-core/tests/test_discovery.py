@@ -87,9 +87,7 @@ def make_site(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     return make
 
 
-def run(
-    site: Path, *arguments: str, check: bool = True, **environment: Any
-) -> subprocess.CompletedProcess[str]:
+def run(site: Path, *arguments: str, check: bool = True, **environment: Any) -> subprocess.CompletedProcess[str]:
     # No bytecode: a module fixed within a second of its first import must be read again.
     env = {
         **os.environ,
@@ -97,9 +95,7 @@ def run(
         "PYTHONDONTWRITEBYTECODE": "1",
         **environment,
     }
-    done = subprocess.run(
-        [sys.executable, *arguments], env=env, cwd=site.parent, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *arguments], env=env, cwd=site.parent, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -224,9 +220,7 @@ def broken_site(make_site: Callable[[], Path]) -> Path:
         ],
     )
     install(site, "acme-twin-a", {"acme_twin_a.py": boom}, methods={"acme_twin": "acme_twin_a"})
-    install(
-        site, "acme-twin-b", {"acme_twin_b.py": boom}, methods={"acme_twin": "acme_twin_b"}, version="2.0"
-    )
+    install(site, "acme-twin-b", {"acme_twin_b.py": boom}, methods={"acme_twin": "acme_twin_b"}, version="2.0")
     one_by_one: dict[str, tuple[str, list[str]]] = {
         "acme_import": ("import os\n\n1 / 0\n", []),
         "acme_exit": ("raise SystemExit(3)\n", []),
@@ -337,9 +331,7 @@ def test_command_line_table(broken_site: Path) -> None:
     assert lines[-1] == "PEFT_CORE_DISABLE_PLUGINS names nothing installed: acme_unheard_of"
 
 
-def test_command_line_without_plugins(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line_without_plugins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(discovery, "entries", lambda group: ())
     monkeypatch.delenv("PEFT_CORE_DISABLE_PLUGINS", raising=False)
     assert main(["methods"]) == 0
@@ -513,9 +505,7 @@ def test_of_two_copies_on_the_path_the_first_counts(make_site: Callable[[], Path
         ("peft-core>=9", None, True),
     ],
 )
-def test_version_ranges(
-    requirement: str, version: str | None, fits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_version_ranges(requirement: str, version: str | None, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "core_version", lambda: version)
     source = discovery.Source("acme-dist", "1.0")
     entry = discovery.Entry(discovery.METHODS, "acme", "acme", source, (requirement,))
@@ -593,11 +583,7 @@ def test_installed_extensions_load_on_first_use_and_a_broken_one_is_named(
     make_site: Callable[[], Path],
 ) -> None:
     site = make_site()
-    layer = (
-        "import peft_core\n"
-        "@peft_core.hookimpl\n"
-        "def peft_checkpoint(path): return ({'found': str(path)}, {})\n"
-    )
+    layer = "import peft_core\n@peft_core.hookimpl\ndef peft_checkpoint(path): return ({'found': str(path)}, {})\n"
     install(site, "acme-store", {"acme_store.py": layer}, extensions={"acme_store": "acme_store"})
     install(
         site,

@@ -244,9 +244,7 @@ def ask(hook: str, value: Any) -> Any:
 
 
 def test_every_hook_is_checked_and_tested() -> None:
-    specified = {
-        name for specs in (MethodSpecs, ExtensionSpecs) for name in vars(specs) if name[:5] == "peft_"
-    }
+    specified = {name for specs in (MethodSpecs, ExtensionSpecs) for name in vars(specs) if name[:5] == "peft_"}
     assert specified == set(CHECKS) == set(ARGUMENTS)
     assert specified - {"peft_config"} == {hook for hook, _, _ in RIGHT} == {hook for hook, _, _ in WRONG}
 

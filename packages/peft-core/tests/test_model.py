@@ -188,9 +188,7 @@ def test_problems_come_all_at_once_and_before_anything_changes():
     model = net()
     before = digest(model)
     with pytest.raises(TargetError) as caught:
-        get_peft_model(
-            model, SumConfig(target_modules=["up", "dwon", "embed"], modules_to_save=["clasifier"])
-        )
+        get_peft_model(model, SumConfig(target_modules=["up", "dwon", "embed"], modules_to_save=["clasifier"]))
     assert "dwon" in str(caught.value) and "clasifier" in str(caught.value)
     with pytest.raises(TargetError, match="embed.*only linear layers"):
         get_peft_model(model, SumConfig(target_modules=["up", "embed"]))

@@ -42,9 +42,7 @@ def test_rows_equal_separate_runs():
     assert torch.equal(model(IDS), alone)  # the request left nothing behind
     torch.testing.assert_close(model(IDS, adapter_names=["default"] * 4), alone, rtol=0, atol=0)
     # Two rows of the batch per name, as under beam search.
-    torch.testing.assert_close(
-        model(IDS, adapter_names=["default", "gain"])[:2], alone[:2], rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(model(IDS, adapter_names=["default", "gain"])[:2], alone[:2], rtol=1e-5, atol=1e-6)
 
 
 def test_rows_are_refused_where_they_cannot_be_right():

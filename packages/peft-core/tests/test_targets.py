@@ -51,9 +51,7 @@ def pick(model: nn.Module, /, **fields: Any) -> Selection:
 
 segment = st.sampled_from(["a", "b", "ab", "q_proj", "0", "1", "10"])
 path = st.lists(segment, min_size=1, max_size=5).map(".".join)
-glob_segment = st.lists(
-    st.sampled_from([*"ab01", "q", "*", "?", "[ab]", "[!a]"]), min_size=1, max_size=3
-).map("".join)
+glob_segment = st.lists(st.sampled_from([*"ab01", "q", "*", "?", "[ab]", "[!a]"]), min_size=1, max_size=3).map("".join)
 glob = st.lists(glob_segment | st.just("**"), min_size=1, max_size=4).map(".".join)
 
 
@@ -140,9 +138,7 @@ def test_a_string_is_a_pattern_for_the_whole_path() -> None:
 
 @pytest.mark.parametrize("trusted", [True, False])
 def test_an_invalid_pattern_is_named(trusted: bool) -> None:
-    with pytest.raises(
-        ConfigError, match=r"target_modules: the pattern '\(a' is not a valid regular expression"
-    ):
+    with pytest.raises(ConfigError, match=r"target_modules: the pattern '\(a' is not a valid regular expression"):
         NameMatcher("(a", what="target_modules", trusted=trusted)
     with pytest.raises(ConfigError, match=r"rank_pattern: the pattern '\(a' "):
         PatternMap({"(a": 1}, what="rank_pattern", trusted=trusted)
@@ -230,9 +226,7 @@ def test_a_dot_in_a_plain_key_is_a_dot() -> None:
 
 def test_names_in_the_order_of_the_model() -> None:
     selection = pick(Tiny(), target_modules=["down", "attn.q_proj"])
-    assert list(selection.matched) == [
-        f"layers.{i}.{name}" for i in range(3) for name in ("attn.q_proj", "mlp.down")
-    ]
+    assert list(selection.matched) == [f"layers.{i}.{name}" for i in range(3) for name in ("attn.q_proj", "mlp.down")]
     assert all(isinstance(module, nn.Linear) for module in selection.matched.values())
     assert selection.resolved == {}
 
@@ -296,9 +290,7 @@ def test_without_targets_and_without_default_the_message_says_what_to_do() -> No
 
 def test_default_targets_follow_the_model_type() -> None:
     selection = pick(Tiny("llama"))
-    assert list(selection.matched) == [
-        f"layers.{i}.attn.{name}" for i in range(3) for name in ("q_proj", "v_proj")
-    ]
+    assert list(selection.matched) == [f"layers.{i}.attn.{name}" for i in range(3) for name in ("q_proj", "v_proj")]
     assert selection.resolved == {"target_modules": ("q_proj", "v_proj")}
 
 
@@ -334,9 +326,7 @@ def test_layers_by_the_first_number_or_by_a_pattern() -> None:
 
 
 def test_a_layer_that_is_excluded_as_well_is_no_missing_one() -> None:
-    selection = pick(
-        Tiny(), target_modules=["up"], exclude_modules=["layers.0.**"], layers_to_transform=[0, 1]
-    )
+    selection = pick(Tiny(), target_modules=["up"], exclude_modules=["layers.0.**"], layers_to_transform=[0, 1])
     assert (list(selection.matched), selection.problems) == (["layers.1.mlp.up"], [])
 
 
@@ -373,9 +363,7 @@ def linear_tree(names: list[str]) -> nn.Module:
 
 @settings(deadline=None)
 @given(names=st.lists(path, min_size=1, max_size=8, unique=True), data=st.data())
-def test_the_resolved_names_of_all_linear_select_the_same_modules(
-    names: list[str], data: st.DataObject
-) -> None:
+def test_the_resolved_names_of_all_linear_select_the_same_modules(names: list[str], data: st.DataObject) -> None:
     model = linear_tree(names)
     everything = [path for path, _ in model.named_modules() if path]
     exclude = data.draw(st.lists(st.sampled_from(everything), max_size=2, unique=True))
@@ -395,9 +383,7 @@ def test_the_resolved_names_of_all_linear_select_the_same_modules(
 
 
 def test_the_output_projection_of_multihead_attention_is_refused() -> None:
-    model = nn.ModuleDict(
-        {"attn": nn.MultiheadAttention(4, 2), "other": nn.ModuleDict({"out_proj": nn.Linear(4, 4)})}
-    )
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "other": nn.ModuleDict({"out_proj": nn.Linear(4, 4)})})
     (problem,) = pick(model, target_modules=["out_proj"]).problems
     assert "'attn.out_proj'" in problem
     assert "would do nothing" in problem
@@ -427,18 +413,14 @@ def test_the_head_of_a_task_is_saved_where_there_is_one(task: str) -> None:
     assert selection.modules_to_save == ["classifier"]
     assert selection.resolved == {"modules_to_save": ("classifier",)}
     assert selection.problems == []
-    copied = pick(
-        Tiny(), target_modules=["up"], task_type=task, modules_to_save=["classifier", "score", "embed"]
-    )
+    copied = pick(Tiny(), target_modules=["up"], task_type=task, modules_to_save=["classifier", "score", "embed"])
     assert copied.modules_to_save == ["embed", "classifier"]
     assert copied.problems == []
     assert pick(Tiny(), target_modules=["up"], task_type="QUESTION_ANS").modules_to_save == []
 
 
 def test_a_copy_inside_a_copied_module_is_not_made_twice() -> None:
-    selection = pick(
-        Tiny(), target_modules=["down"], modules_to_save=["layers.1", "layers.1.mlp.up", "mlp.up"]
-    )
+    selection = pick(Tiny(), target_modules=["down"], modules_to_save=["layers.1", "layers.1.mlp.up", "mlp.up"])
     assert selection.modules_to_save == ["layers.0.mlp.up", "layers.1", "layers.2.mlp.up"]
 
 
@@ -465,9 +447,7 @@ def test_a_methods_rule_goes_before_the_names() -> None:
     def match(path: str, module: nn.Module) -> bool | None:
         return {"embed": True, "layers.0.mlp.up": False}.get(path)
 
-    selection = select(
-        Tiny(), PickConfig(target_modules=["up"], exclude_modules=["layers.1.**"]), match=match
-    )
+    selection = select(Tiny(), PickConfig(target_modules=["up"], exclude_modules=["layers.1.**"]), match=match)
     assert list(selection.matched) == ["embed", "layers.2.mlp.up"]
     alone = select(Tiny(), PickConfig(), match=match)
     assert (list(alone.matched), alone.problems) == (["embed"], [])

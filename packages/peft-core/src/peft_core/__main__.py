@@ -50,9 +50,7 @@ def list_methods() -> int:
             rows.append((entry.name, entry.source.distribution or "", entry.source.version or "", status))
         _print_table(rows)
     plugins = (*discovery.entries(discovery.METHODS), *installed)
-    idle = {
-        name for name in discovery.disabled_names() if not any(discovery.is_named(p, name) for p in plugins)
-    }
+    idle = {name for name in discovery.disabled_names() if not any(discovery.is_named(p, name) for p in plugins)}
     if idle:
         print(f"\n{discovery.DISABLE_VARIABLE} names nothing installed: {', '.join(sorted(idle))}")
     return 0

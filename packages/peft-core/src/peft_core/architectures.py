@@ -45,9 +45,9 @@ _BERT_BODY = _roles(
     attention="attention", blocks="layer", output="attention.output.dense", up="intermediate.dense"
 ) | _roles(down="output.dense", dense="dense", embedding="word_embeddings")
 _BERT = _BERT_BODY | _roles(query="query", key="key", value="value")
-_BLOOM = _roles(
-    attention="self_attention", blocks="h", qkv="query_key_value", output="self_attention.dense"
-) | _roles(up="dense_h_to_4h", down="dense_4h_to_h", embedding="word_embeddings", head="lm_head")
+_BLOOM = _roles(attention="self_attention", blocks="h", qkv="query_key_value", output="self_attention.dense") | _roles(
+    up="dense_h_to_4h", down="dense_4h_to_h", embedding="word_embeddings", head="lm_head"
+)
 _GPT2 = _roles(attention="attn", blocks="h", embedding="wte", head="lm_head", qkv="c_attn") | _roles(
     output="attn.c_proj", up="c_fc", down="mlp.c_proj"
 )

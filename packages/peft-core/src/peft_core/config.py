@@ -94,8 +94,7 @@ class AdapterConfig(BaseModel):
     def _known_task_type(cls, value: str | None) -> str | None:
         if value is not None and value not in TASK_TYPES:
             raise ValueError(
-                f"unknown task type; the known ones are {', '.join(TASK_TYPES)}."
-                + did_you_mean(value, TASK_TYPES)
+                f"unknown task type; the known ones are {', '.join(TASK_TYPES)}." + did_you_mean(value, TASK_TYPES)
             )
         return value
 
@@ -104,9 +103,7 @@ class AdapterConfig(BaseModel):
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self)(**{**values, **updates})
 
-    def model_copy(
-        self: SelfConfig, *, update: Mapping[str, Any] | None = None, deep: bool = False
-    ) -> SelfConfig:
+    def model_copy(self: SelfConfig, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> SelfConfig:
         """Like `resolve`: an update is validated, and a copy shares nothing mutable whatever `deep` says."""
         return self.resolve(**(update or {}))
 
@@ -231,9 +228,7 @@ class AdapterConfig(BaseModel):
             raise ConfigError(f"{path} does not exist. Give the directory an adapter was saved in.")
         return cls.from_json_file(path)
 
-    def save_pretrained(
-        self, directory: str | os.PathLike[str], *, inference_mode: bool | None = None
-    ) -> Path:
+    def save_pretrained(self, directory: str | os.PathLike[str], *, inference_mode: bool | None = None) -> Path:
         """Write `adapter_config.json` into a directory, atomically, and return its path. Raises `OSError`."""
         path = Path(directory) / CONFIG_NAME
         content = self.to_json(inference_mode=inference_mode).encode()
@@ -311,9 +306,7 @@ class TargetedConfig(AdapterConfig):
 # ---- validation
 
 
-def _validate(
-    self: AdapterConfig, data: Mapping[str, Any], *, where: str | None, problems: Sequence[str] = ()
-) -> None:
+def _validate(self: AdapterConfig, data: Mapping[str, Any], *, where: str | None, problems: Sequence[str] = ()) -> None:
     """Fill `self` from `data`, or raise one `ConfigError` with all problems."""
     cls = type(self)
     lines = list(problems)
@@ -326,9 +319,7 @@ def _validate(
             unusable.add(name)
             lines.append(str(error))
     try:
-        self.__pydantic_validator__.validate_json(
-            json.dumps(plain, allow_nan=False), strict=True, self_instance=self
-        )
+        self.__pydantic_validator__.validate_json(json.dumps(plain, allow_nan=False), strict=True, self_instance=self)
     except ValidationError as error:
         lines += _readable(cls, error, unusable)
     if lines:

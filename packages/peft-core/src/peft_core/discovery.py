@@ -146,9 +146,7 @@ def is_disabled(entry: Entry) -> bool:
     return any(is_named(entry, name) for name in disabled_names())
 
 
-def resolve(
-    name: str, *, registered: Iterable[str] = (), wrote_by: str | None = None, rescan: bool = True
-) -> Entry:
+def resolve(name: str, *, registered: Iterable[str] = (), wrote_by: str | None = None, rescan: bool = True) -> Entry:
     """Return the one enabled entry point of method `name` (lower case), its metadata checked.
 
     Args:

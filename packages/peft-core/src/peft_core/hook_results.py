@@ -78,8 +78,7 @@ def check_result(hook_name: str, result: Any, label: str, wrapped_by: str = "") 
     if wrong:
         also = f" It is wrapped by {wrapped_by}." if wrapped_by else ""
         raise MethodContractError(
-            f"The {label} returned {_described(wrong[0])} from {hook_name}.\n"
-            f"The hook returns {promise}.{also}"
+            f"The {label} returned {_described(wrong[0])} from {hook_name}.\nThe hook returns {promise}.{also}"
         )
     if hook_name == "peft_sites":
         return [request for requests in result for request in requests]
@@ -143,9 +142,7 @@ def _is_tensors(value: object) -> bool:
 def _is_checkpoint(value: object) -> bool:
     if value is None:
         return True
-    return (
-        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], dict) and _is_tensors(value[1])
-    )
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], dict) and _is_tensors(value[1])
 
 
 def _is_roles(value: object) -> bool:
@@ -153,9 +150,7 @@ def _is_roles(value: object) -> bool:
         isinstance(model_type, str)
         and isinstance(roles, Mapping)
         and all(
-            isinstance(role, str)
-            and isinstance(names, list | tuple)
-            and all(isinstance(name, str) for name in names)
+            isinstance(role, str) and isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
             for role, names in roles.items()
         )
         for model_type, roles in value.items()

@@ -151,9 +151,7 @@ class _Compiler:
         where = f"{self._what}: the pattern {shown}"
         if not self._trusted:
             if len(pattern) > MAX_PATTERN:
-                raise ConfigError(
-                    f"{where} has more than {MAX_PATTERN} characters, too many for one from a file"
-                )
+                raise ConfigError(f"{where} has more than {MAX_PATTERN} characters, too many for one from a file")
             if self._count > MAX_PATTERNS:
                 raise ConfigError(f"{self._what}: more than {MAX_PATTERNS} patterns, too many for a file")
             _check_repeats(pattern, where)

@@ -164,9 +164,7 @@ def _argument_problems(hook: str, function: Any, allowed: Sequence[str]) -> list
                 f"hooks receive the plain arguments they name. {has}."
             )
         elif parameter.default is not parameter.empty and name in allowed:
-            problems.append(
-                f"{hook} gives the argument {name!r} a default, so it is never passed: remove it."
-            )
+            problems.append(f"{hook} gives the argument {name!r} a default, so it is never passed: remove it.")
         elif parameter.default is parameter.empty and name not in allowed:
             problems.append(f"{hook} has no argument {name!r}.{did_you_mean(name, allowed)} {has}.")
     return problems
@@ -178,9 +176,7 @@ def _trace(manager: pluggy.PluginManager, label: str) -> None:
         plugins = ", ".join(impl.plugin_name for impl in reversed(impls)) or "nobody"
         print(f"peft-core: {label}: {hook}({arguments}) asks {plugins}", file=sys.stderr)
 
-    def after(
-        outcome: pluggy.Result[Any], hook: str, impls: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
+    def after(outcome: pluggy.Result[Any], hook: str, impls: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         error = outcome.exception
         result = f"raised {type(error).__name__}: {error}" if error else f"-> {_brief(outcome.get_result())}"
         print(f"peft-core: {label}: {hook} {result}", file=sys.stderr)

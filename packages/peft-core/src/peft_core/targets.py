@@ -293,9 +293,7 @@ class _Layers:
             if pattern not in self.used
         ]
         if missing := sorted(self.indices - self.seen):
-            there = (
-                f"the targets are in layers {_ranges(self.seen)}" if self.seen else "they have no layer index"
-            )
+            there = f"the targets are in layers {_ranges(self.seen)}" if self.seen else "they have no layer index"
             lines.append(f"layers_to_transform: no target in layer {_ranges(missing)}; {there}.")
         return lines
 
@@ -303,8 +301,7 @@ class _Layers:
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module is an `nn.Linear`, or the `Conv1D` of transformers, told by name to not import it."""
     return isinstance(module, nn.Linear) or any(
-        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
-        for cls in type(module).__mro__
+        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__
     )
 
 
