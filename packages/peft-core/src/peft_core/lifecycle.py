@@ -15,7 +15,7 @@ from .planning import Draft, draft
 from .records import AdapterRecord, PeftState
 from .subclass import adapted_class, base_class, remember_checkpoints
 from .transaction import Undo
-from .tree import base_parameters
+from .tree import Tree, walk
 
 
 def state_of(model: nn.Module) -> PeftState | None:
@@ -49,7 +49,7 @@ def install(model: nn.Module, found: Draft, *, trainable: bool, activate: bool, 
     with Undo() as undo:
         undo.keep_state(state)
         if present is None:
-            enter(model, state, undo)
+            enter(model, found.tree, state, undo)
         if instead is not None:
             detach(model, state, instead, undo)
         attach(model, state, found, undo)
@@ -72,9 +72,9 @@ def activate_records(
     state.publish()
 
 
-def enter(model: nn.Module, state: PeftState, undo: Undo) -> None:
+def enter(model: nn.Module, tree: Tree, state: PeftState, undo: Undo) -> None:
     """Freeze the base and make the model a `PeftModel`."""
-    thawed = [(name, parameter) for name, parameter in base_parameters(model).items() if parameter.requires_grad]
+    thawed = [(name, parameter) for name, parameter in tree.parameters().items() if parameter.requires_grad]
     state.thawed = frozenset(name for name, _ in thawed)
     cls = type(model)
     undo.keep(model.__dict__)
@@ -98,7 +98,7 @@ def leave(model: nn.Module, state: PeftState, undo: Undo) -> None:
     for name in list(state.adapters):
         detach(model, state, name, undo)
     remember_checkpoints(model, None)
-    thawed = [p for name, p in base_parameters(model).items() if name in state.thawed]
+    thawed = [p for name, p in walk(model).parameters().items() if name in state.thawed]
     undo.add(lambda: [parameter.requires_grad_(False) for parameter in thawed])
     for parameter in thawed:
         parameter.requires_grad_(True)

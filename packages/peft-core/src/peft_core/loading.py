@@ -24,7 +24,6 @@ from .methods import Method, load_method
 from .planning import META, Draft, build, draft
 from .records import AdapterRecord
 from .transaction import Undo
-from .tree import base_parameters
 
 
 def load_into(
@@ -109,7 +108,7 @@ def _build(
         model, name, config, method=method, device=META, float32=float32, trusted=trusted, tensors=tensors_for
     )
     found.check()
-    base = base_parameters(model, every_name=True)  # a file may hold tied weights twice
+    base = found.tree.parameters(every_name=True)  # a file may hold tied weights twice
     keys, report = match(file, layout.collect(found.record), strict=strict, base_names=base.keys())
     _check_base(base, file, report)
     if report.missing:  # only where strict is off: what the file lacks gets its starting value
@@ -216,6 +215,4 @@ def _check_base(base: Mapping[str, nn.Parameter], file: AdapterFile, report: Loa
 
 
 def _device(model: nn.Module) -> torch.device:
-    for parameter in base_parameters(model).values():
-        return parameter.device
-    return torch.device("cpu")
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

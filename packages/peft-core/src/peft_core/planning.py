@@ -21,7 +21,7 @@ from .methods import Method, load_method
 from .records import AdapterRecord, PeftState
 from .saved_modules import SavedModule, saved_module_requests
 from .targets import Selection, select
-from .tree import Tree, base_parameters, walk
+from .tree import Tree, walk
 
 TensorsFor = Callable[[SiteRequest], Mapping[str, Tensor] | None]
 
@@ -338,5 +338,5 @@ def plan(model: nn.Module, config: AdapterConfig, adapter_name: str = "default")
         tuple(sites),
         tuple(found.problems),
         sum(counted.values()),
-        sum(p.numel() for p in base_parameters(model).values()),
+        sum(p.numel() for p in found.tree.parameters().values()),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ class Tree:
 
     def module(self, path: str) -> nn.Module | None:
         """The base module at `path`, or None."""
-        return self._by_path().get(path)
+        return self._by_path.get(path)
 
     def parent(self, module: nn.Module) -> nn.Module | None:
         """The base module that `module` is registered in, the first one found."""
@@ -36,10 +37,20 @@ class Tree:
             yield parent
             module = parent
 
+    def parameters(self, *, every_name: bool = False) -> dict[str, nn.Parameter]:
+        """The base's own parameters under their original names, each once, or under every name that it has."""
+        found: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+        for path, module in self.modules:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and (every_name or id(parameter) not in seen):
+                    seen.add(id(parameter))
+                    found[f"{path}.{name}" if path else name] = parameter
+        return found
+
+    @functools.cached_property
     def _by_path(self) -> dict[str, nn.Module]:
-        if not hasattr(self, "_index"):
-            self._index = dict(self.modules)
-        return self._index
+        return dict(self.modules)
 
 
 def walk(model: nn.Module) -> Tree:
@@ -66,15 +77,3 @@ def walk(model: nn.Module) -> Tree:
             children.append((dot + name, base))
         stack.extend(reversed(children))
     return tree
-
-
-def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, nn.Parameter]:
-    """The base's own parameters under their original names, each once, or under every name that it has."""
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for path, module in walk(model).modules:
-        for name, parameter in module._parameters.items():
-            if parameter is not None and (every_name or id(parameter) not in seen):
-                seen.add(id(parameter))
-                found[f"{path}.{name}" if path else name] = parameter
-    return found
