@@ -121,11 +121,13 @@ def test_keys_are_those_of_the_layout() -> None:
         + ["base_model.bank", "base_model.table", "base_model.inner.weight", "base_model.inner.bias"]
     )
     assert collect(made)["base_model.bank"] is shared.bank
-    assert layout.keys_by_adapter(made)[2] == {
-        "first": f"{PREFIX}m.in_proj.lora_A.weight",
-        "second": f"{PREFIX}m.in_proj.lora_B.weight",
+    slots = layout.layout(made)
+    assert {key: slot.name for key, slot in slots.items() if slot.index == 2} == {
+        f"{PREFIX}m.in_proj.lora_A.weight": "first",
+        f"{PREFIX}m.in_proj.lora_B.weight": "second",
     }
-    assert layout.shared_keys(made)["inner.bias"] == "base_model.inner.bias"
+    bias = slots["base_model.inner.bias"]
+    assert bias.index is None and bias.name == "inner.bias" and bias.tensor is shared.inner.bias
 
 
 def test_a_copied_module_keeps_its_own_names() -> None:

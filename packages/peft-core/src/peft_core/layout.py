@@ -74,20 +74,6 @@ def collect(record: AdapterRecord) -> dict[str, Tensor]:
     return {key: slot.tensor for key, slot in layout(record).items()}
 
 
-def keys_by_adapter(record: AdapterRecord) -> list[dict[str, str]]:
-    """For each adapter of the record: slot -> key in files."""
-    found: list[dict[str, str]] = [{} for _ in record.adapters]
-    for key, slot in layout(record).items():
-        if slot.index is not None:
-            found[slot.index][slot.name] = key
-    return found
-
-
-def shared_keys(record: AdapterRecord) -> dict[str, str]:
-    """For the tensors that belong to no site: slot -> key in files."""
-    return {slot.name: key for key, slot in layout(record).items() if slot.index is None}
-
-
 def _described(record: AdapterRecord, slot: Slot) -> str:
     if slot.index is None:
         return f"the shared tensor {slot.name!r}"

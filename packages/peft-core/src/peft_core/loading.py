@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,43 +109,49 @@ def _build(
     )
     found.check()
     base = found.tree.parameters(every_name=True)  # a file may hold tied weights twice
-    keys, report = match(file, layout.collect(found.record), strict=strict, base_names=base.keys())
+    slots = layout.layout(found.record)
+    expected = {key: slot.tensor for key, slot in slots.items()}
+    keys, report = match(file, expected, strict=strict, base_names=base.keys())
     _check_base(base, file, report)
+    states: list[dict[str, Tensor]] = [{} for _ in found.record.adapters]
     if report.missing:  # only where strict is off: what the file lacks gets its starting value
         found = draft(model, name, config, method=method, float32=float32, trusted=trusted)
         found.check()
+        states = [dict(adapter.state()) for adapter in found.record.adapters]
     device = next((layer.device for layer in found.layers), _device(model))
     loaded = file.load(list(keys.values()), device)
-    values = {key: loaded[theirs] for key, theirs in keys.items()}
-    _fill(model, found, values, tensors_for)
+    shared: dict[str, Tensor] = {}
+    for key, theirs in keys.items():
+        slot = slots[key]
+        (shared if slot.index is None else states[slot.index])[slot.name] = loaded[theirs]
+    _fill(model, found, states, shared, tensors_for)
     return found, report
 
 
 def _fill(
-    model: nn.Module, found: Draft, values: Mapping[str, Tensor], tensors_for: Callable[[SiteRequest], Any]
+    model: nn.Module,
+    found: Draft,
+    states: Sequence[Mapping[str, Tensor]],
+    shared: Mapping[str, Tensor],
+    tensors_for: Callable[[SiteRequest], Any],
 ) -> None:
+    """Put a file's tensors, by slot, into the adapters of a draft and into its shared module."""
     record = found.record
-    for index, (layer, adapter, keys) in enumerate(
-        zip(found.layers, record.adapters, layout.keys_by_adapter(record), strict=True)
-    ):
-        state = {slot: values[key] for slot, key in keys.items() if key in values}
-        if len(state) < len(keys):
-            state = {**adapter.state(), **state}
+    for index, (layer, adapter, state) in enumerate(zip(found.layers, record.adapters, states, strict=True)):
         if layer.device.type != "meta" and any(t.is_meta for t in _unsaved(adapter)):
             # Tensors that no file holds (index tables and the like) have to be made where the layer is.
             adapter = build(record, layer, model, tensors_for(layer.request), initialise=False)
             record.adapters[index] = adapter
         adapter.load_state(state)
-    for slot, key in layout.shared_keys(record).items():
-        if key in values:
-            owner_path, _, attribute = slot.rpartition(".")
-            owner = record.shared.get_submodule(owner_path)
-            old: Tensor = getattr(owner, attribute)
-            value = values[key].to(dtype=old.dtype, device=values[key].device if old.is_meta else old.device)
-            if attribute in owner._parameters:
-                owner._parameters[attribute] = nn.Parameter(value, requires_grad=old.requires_grad)
-            else:
-                owner._buffers[attribute] = value
+    for name, value in shared.items():
+        owner_path, _, attribute = name.rpartition(".")
+        owner = record.shared.get_submodule(owner_path)
+        old: Tensor = getattr(owner, attribute)
+        value = value.to(dtype=old.dtype, device=value.device if old.is_meta else old.device)
+        if attribute in owner._parameters:
+            owner._parameters[attribute] = nn.Parameter(value, requires_grad=old.requires_grad)
+        else:
+            owner._buffers[attribute] = value
     record.note_learned()
 
 
