@@ -120,6 +120,19 @@ def test_not_strict_loads_what_fits_and_says_what_does_not(saved):
     assert torch.equal(state[kept], tensors[kept]) and torch.equal(state[gone], torch.zeros_like(state[gone]))
 
 
+def test_a_tensor_of_another_shape_is_reported_and_keeps_its_start_without_strict(saved):
+    path, _ = saved
+    weights = path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    wrong, kept = "base_model.model.layers.0.up.u", "base_model.model.layers.1.up.u"
+    save_file({**tensors, wrong: torch.ones(3)}, weights, metadata={"format": "pt"})
+    model = get_peft_model(net(), CONFIG, "other")
+    report = model.load_adapter(path, "default", strict=False)
+    assert list(report.mismatched) == [wrong] and not report.missing
+    state = get_peft_model_state_dict(model, "default")
+    assert torch.equal(state[kept], tensors[kept]) and torch.equal(state[wrong], torch.zeros_like(state[wrong]))
+
+
 def test_base_weights_in_a_file_never_reach_the_model(saved):
     path, expected = saved
     weights = path / "adapter_model.safetensors"

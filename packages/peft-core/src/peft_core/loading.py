@@ -114,7 +114,7 @@ def _build(
     keys, report = match(file, expected, strict=strict, base_names=base.keys())
     _check_base(base, file, report)
     states: list[dict[str, Tensor]] = [{} for _ in found.record.adapters]
-    if report.missing:  # only where strict is off: what the file lacks gets its starting value
+    if report.missing or report.mismatched:  # only where strict is off: what cannot be loaded gets its starting value
         found = draft(model, name, config, method=method, float32=float32, trusted=trusted)
         found.check()
         states = [dict(adapter.state()) for adapter in found.record.adapters]
