@@ -96,7 +96,8 @@ def peft_resolve(config: IA3Config, model: nn.Module, matched: Sequence[str]) ->
             "known. Name the targets whose input is to be rescaled, or give feedforward_modules=[] to rescale "
             "outputs only"
         )
-    down = {path for path in matched if NameMatcher(roles, what="roles", trusted=True).matches(path)}
+    down_names = NameMatcher(roles, what="roles", trusted=True)
+    down = {path for path in matched if down_names.matches(path)}
     if isinstance(roles, str) or not isinstance(config.target_modules, tuple):
         return config.resolve(feedforward_modules=roles if down else ())
     chosen: list[str] = []

@@ -23,18 +23,18 @@ class Model:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules: dict[str, nn.Module] = {}
+        self._with_weight: dict[int, list[str]] = {}
         seen: set[int] = set()
         for path, module in walk(model).modules:
             if id(module) not in seen:
                 seen.add(id(module))
                 self.modules[path] = module
+                self._with_weight.setdefault(id(module._parameters.get("weight")), []).append(path)
 
     def sharing(self, path: str) -> list[str]:
         """Paths of the other modules whose `weight` is that of the module at `path`."""
         weight = self.modules[path]._parameters.get("weight")
-        if weight is None:
-            return []
-        return [p for p, m in self.modules.items() if p != path and m._parameters.get("weight") is weight]
+        return [] if weight is None else [other for other in self._with_weight[id(weight)] if other != path]
 
 
 def extra_sites(config: LoraConfig, model: nn.Module, matched: Sequence[str]) -> list[SiteRequest]:
