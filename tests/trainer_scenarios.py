@@ -131,7 +131,7 @@ def trainer(model: Any, scratch: Path, data: Dataset, *, callbacks: Any = None, 
 
 
 def state(model: Any, name: str = "default") -> State:
-    return {key: value.detach().clone() for key, value in get_peft_model_state_dict(model, name).items()}
+    return {key: value.detach().clone() for key, value in get_peft_model_state_dict(model, adapter_name=name).items()}
 
 
 def difference(first: State, second: State) -> float:

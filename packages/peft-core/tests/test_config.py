@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from peft_core.config import AdapterConfig, TargetedConfig, parse_json
+from peft_core.config import AdapterConfig, TargetedConfig
 from peft_core.errors import ConfigError, PeftError
-from peft_core.plain_data import MAX_BYTES, MAX_DEPTH, MAX_ITEMS
+from peft_core.plain_data import MAX_BYTES, MAX_DEPTH, MAX_ITEMS, parse_json
 
 
 class ToyConfig(TargetedConfig):

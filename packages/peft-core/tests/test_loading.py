@@ -45,7 +45,7 @@ def test_reload_on_a_fresh_base_is_exact(saved):
     model = net()
     assert PeftModel.from_pretrained(model, path) is model
     assert torch.equal(model(IDS), expected)
-    assert model.training and not any(p.requires_grad for p in model.parameters())
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert model.peft_config["default"].scale == 0.5 and model.peft_config["default"].inference_mode
     trainable = PeftModel.from_pretrained(net(), path, is_trainable=True)
     assert sum(p.requires_grad for p in trainable.parameters()) == 8 + 2
@@ -116,7 +116,7 @@ def test_not_strict_loads_what_fits_and_says_what_does_not(saved):
     model = get_peft_model(net(), CONFIG, "other")
     report = model.load_adapter(path, "default", strict=False)
     assert list(report.missing) == [gone] and list(report.unexpected) == ["extra"]
-    state = get_peft_model_state_dict(model, "default")
+    state = get_peft_model_state_dict(model, adapter_name="default")
     assert torch.equal(state[kept], tensors[kept]) and torch.equal(state[gone], torch.zeros_like(state[gone]))
 
 
@@ -129,7 +129,7 @@ def test_a_tensor_of_another_shape_is_reported_and_keeps_its_start_without_stric
     model = get_peft_model(net(), CONFIG, "other")
     report = model.load_adapter(path, "default", strict=False)
     assert list(report.mismatched) == [wrong] and not report.missing
-    state = get_peft_model_state_dict(model, "default")
+    state = get_peft_model_state_dict(model, adapter_name="default")
     assert torch.equal(state[kept], tensors[kept]) and torch.equal(state[wrong], torch.zeros_like(state[wrong]))
 
 

@@ -120,7 +120,7 @@ def test_modules_to_save_trains_a_copy():
     get_peft_model(model, SumConfig(target_modules=["up"], modules_to_save=["classifier"]))
     original = model.classifier.base_layer.weight.clone()
     model(IDS).sum().backward()
-    copy_ = model.classifier.of("default")[""].module
+    copy_ = model.classifier.of("default")[""].modules_to_save
     assert copy_.weight.grad is not None and model.classifier.base_layer.weight.grad is None
     with torch.no_grad():
         copy_.weight.add_(1.0)

@@ -15,7 +15,8 @@ from torch import nn
 from peft_core import patterns
 from peft_core.config import TargetedConfig
 from peft_core.errors import ConfigError
-from peft_core.targets import NameMatcher, PatternMap, Selection, select
+from peft_core.patterns import NameMatcher, PatternMap
+from peft_core.targets import Selection, select
 
 
 class PickConfig(TargetedConfig):

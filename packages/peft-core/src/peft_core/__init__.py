@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .adapter import Adapter, DeltaAdapter, WeightAdapter, as_compute
-    from .config import AdapterConfig, TargetedConfig
+    from .auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from .config import AdapterConfig, PeftConfig, TargetedConfig
     from .discovery import refresh
     from .errors import (
         AdapterNameError,
@@ -30,6 +39,15 @@ if TYPE_CHECKING:
         RequestError,
         TargetError,
     )
+    from .functions import (
+        get_layer_status,
+        get_model_status,
+        get_peft_config,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
     from .hookspecs import hookimpl, hookspec
     from .layers import AttentionLayer, BaseLayer, ConvLayer, EmbeddingLayer, LinearLayer, SiteRequest
     from .methods import (
@@ -40,8 +58,9 @@ if TYPE_CHECKING:
         register_method,
         unregister_method,
     )
-    from .model import PeftModel, get_peft_model, get_peft_model_state_dict
+    from .model import PeftModel, get_peft_model
     from .planning import Plan, plan
+    from .tasks import TaskType
 
     __version__: str
 
@@ -51,6 +70,13 @@ __all__ = [
     "AdapterNameError",
     "AdapterNotFoundError",
     "AttentionLayer",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BaseLayer",
     "CheckpointError",
     "CheckpointMismatchError",
@@ -69,6 +95,7 @@ __all__ = [
     "MethodInfo",
     "MethodNotFoundError",
     "MethodVersionError",
+    "PeftConfig",
     "PeftError",
     "PeftModel",
     "Plan",
@@ -76,25 +103,41 @@ __all__ = [
     "SiteRequest",
     "TargetError",
     "TargetedConfig",
+    "TaskType",
     "WeightAdapter",
     "__version__",
     "as_compute",
     "available_methods",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hookimpl",
     "hookspec",
+    "inject_adapter_in_model",
     "load_method",
+    "load_peft_weights",
     "plan",
     "refresh",
     "register_method",
+    "set_peft_model_state_dict",
     "unregister_method",
 ]
 
 # The public names of each module. No name may be that of a submodule: importing that would hide the name.
 _NAMES = {
     "adapter": ("Adapter", "DeltaAdapter", "WeightAdapter", "as_compute"),
-    "config": ("AdapterConfig", "TargetedConfig"),
+    "auto": (
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
+    "config": ("AdapterConfig", "PeftConfig", "TargetedConfig"),
     "discovery": ("refresh",),
     "errors": (
         "AdapterNameError",
@@ -114,6 +157,15 @@ _NAMES = {
         "RequestError",
         "TargetError",
     ),
+    "functions": (
+        "get_layer_status",
+        "get_model_status",
+        "get_peft_config",
+        "get_peft_model_state_dict",
+        "inject_adapter_in_model",
+        "load_peft_weights",
+        "set_peft_model_state_dict",
+    ),
     "hookspecs": ("hookimpl", "hookspec"),
     "layers": ("AttentionLayer", "BaseLayer", "ConvLayer", "EmbeddingLayer", "LinearLayer", "SiteRequest"),
     "methods": (
@@ -124,8 +176,9 @@ _NAMES = {
         "register_method",
         "unregister_method",
     ),
-    "model": ("PeftModel", "get_peft_model", "get_peft_model_state_dict"),
+    "model": ("PeftModel", "get_peft_model"),
     "planning": ("Plan", "plan"),
+    "tasks": ("TaskType",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

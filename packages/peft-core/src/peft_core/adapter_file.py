@@ -26,8 +26,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from .config import parse_json
 from .errors import CheckpointError, CheckpointMismatchError
+from .plain_data import parse_json
 from .suggest import shown
 
 # The limit of the format's reference implementation.

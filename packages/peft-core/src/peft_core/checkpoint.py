@@ -26,10 +26,10 @@ from .adapter_file import (
     all_finite,
     named,
 )
-from .config import dump_json, parse_json, read_json
 from .errors import CheckpointError, PeftError
 from .layout import collect
 from .locating import CONFIG, WEIGHTS, is_pickle, located, no_adapter
+from .plain_data import dump_json, parse_json, read_json
 
 if TYPE_CHECKING:
     from .records import AdapterRecord

@@ -21,11 +21,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from .errors import ConfigError
 from .files import write_atomically
-from .plain_data import NotPlainError, dump_json, hashable, parse_json, read_json, to_plain, type_name
+from .plain_data import NotPlainError, dump_json, hashable, read_json, to_plain, type_name
 from .suggest import did_you_mean, shown
+from .tasks import TASK_TYPES
 
 CONFIG_NAME = "adapter_config.json"
-TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 SelfConfig = TypeVar("SelfConfig", bound="AdapterConfig")
 
@@ -71,6 +71,8 @@ class AdapterConfig(BaseModel):
     inference_mode: bool = False
 
     def __init__(self, **data: Any) -> None:
+        if data.get("peft_type") == getattr(self, "peft_type", None):  # said once more, as some do
+            data.pop("peft_type", None)
         _validate(self, data, where=None)
 
     # Tells pydantic that this `__init__` adds no fields and need not be called for nested models.
@@ -237,6 +239,9 @@ class AdapterConfig(BaseModel):
         return path
 
 
+PeftConfig = AdapterConfig
+
+
 class TargetedConfig(AdapterConfig):
     """A config whose method sits on modules chosen by name. How names match is told in `targets`."""
 
@@ -376,12 +381,9 @@ def _off(value: object) -> bool:
 
 __all__ = [
     "CONFIG_NAME",
-    "TASK_TYPES",
     "AdapterConfig",
     "Indices",
     "Names",
+    "PeftConfig",
     "TargetedConfig",
-    "dump_json",
-    "parse_json",
-    "read_json",
 ]

@@ -112,7 +112,7 @@ def _build(
     slots = layout.layout(found.record)
     expected = {key: slot.tensor for key, slot in slots.items()}
     keys, report = match(file, expected, strict=strict, base_names=base.keys())
-    _check_base(base, file, report)
+    check_base(base, file, report)
     states: list[dict[str, Tensor]] = [{} for _ in found.record.adapters]
     if report.missing or report.mismatched:  # only where strict is off: what cannot be loaded gets its starting value
         found = draft(model, name, config, method=method, float32=float32, trusted=trusted)
@@ -197,7 +197,7 @@ def _by_module(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, d
     return found
 
 
-def _check_base(base: Mapping[str, nn.Parameter], file: AdapterFile, report: LoadReport) -> None:
+def check_base(base: Mapping[str, nn.Parameter], file: AdapterFile, report: LoadReport) -> None:
     """Base weights that a file carries along must be the ones the model has: a load touches one adapter only."""
     if not report.base_weights:
         return

@@ -45,6 +45,16 @@ class LoadReport:
         """Whether the file fits exactly; base weights and conversions do not count against it."""
         return not (self.missing or self.unexpected or self.mismatched)
 
+    @property
+    def missing_keys(self) -> list[str]:
+        """`missing`, as `torch.nn.Module.load_state_dict` calls it."""
+        return list(self.missing)
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        """`unexpected`, likewise."""
+        return list(self.unexpected)
+
 
 def match(
     file: AdapterFile,

@@ -289,16 +289,26 @@ class PeftModel:
         selected_adapters: Sequence[str] | None = None,
         is_main_process: bool = True,
         safe_serialization: bool = True,
+        save_embedding_layers: bool | str = "auto",
         state_dict: Mapping[str, Any] | None = None,
+        save_function: Any = None,
+        max_shard_size: int | str | None = None,
     ) -> None:
         """Write adapters, and nothing of the base: `default` into the directory, others into folders of their name.
 
-        `state_dict`, which transformers' callers pass, is not needed: every adapter knows its tensors.
+        `state_dict`, `save_function` and `max_shard_size`, which transformers' callers pass, are not needed: every
+        adapter knows its tensors, and they go into one file. Tables of embeddings that were trained are parts of
+        adapters (`modules_to_save`); no other is written, so `save_embedding_layers` may stay "auto", or be False.
 
         Raises `CheckpointError` where the files cannot be written; the directory then holds what it held before.
         """
         if not safe_serialization:
             raise CheckpointError("adapters are written as safetensors only; leave out safe_serialization=False")
+        if save_embedding_layers not in ("auto", False):
+            raise CheckpointError(
+                "save_embedding_layers: the base's tables are not written next to an adapter; train them with it, in "
+                "modules_to_save, or save the base's weights (base_state_dict) in a file of their own"
+            )
         state = self._peft
         records = [state.record(name) for name in (state.adapters if selected_adapters is None else selected_adapters)]
         if not is_main_process:
@@ -310,7 +320,7 @@ class PeftModel:
 
     @classmethod
     def from_pretrained(cls, model: Any, model_id: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
-        """Load a saved adapter onto `model`, in place, and activate it; the model's train/eval mode stays.
+        """Load a saved adapter onto `model`, in place, and activate it, in eval mode unless `is_trainable`.
 
         Keyword arguments are those of `load_adapter`. Raises as `load_adapter`.
         """
@@ -322,7 +332,7 @@ class PeftModel:
                 return own.from_pretrained(*args, **extra, **kwargs)
             raise PeftError("PeftModel.from_pretrained takes the base model, then the adapter's directory")
         load_into(model, model_id, adapter_name, activate=True, **kwargs)
-        return model
+        return model if kwargs.get("is_trainable") else model.eval()
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str = "default", **kwargs: Any
@@ -363,10 +373,3 @@ def rows_of(state: PeftState, names: Sequence[str] | None) -> tuple[str, ...] | 
 
 def _module(model: Any) -> nn.Module:
     return cast(nn.Module, model)
-
-
-def get_peft_model_state_dict(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:
-    """One adapter's tensors under the keys of its file."""
-    if not isinstance(model, PeftModel):
-        raise PeftError(NO_STATE)
-    return model.get_adapter_state_dict(adapter_name)

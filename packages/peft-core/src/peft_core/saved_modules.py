@@ -27,21 +27,21 @@ class SavedModule(Adapter):
         super().__init__(layer)
         dtypes = [p.dtype for p in layer.module.parameters()]
         self.compute_dtype = dtypes[0] if dtypes else None
-        self.module = self._copy(layer)
+        self.modules_to_save = self._copy(layer)  # filters of parameter names look for this word
         self.__dict__["tied_to"] = tied_to  # by reference: it is registered at its own site
         self._tie()
 
     def _tie(self) -> None:
         tied_to: SavedModule | None = self.__dict__["tied_to"]
         if tied_to is not None:
-            self.module._parameters["weight"] = tied_to.module._parameters["weight"]
+            self.modules_to_save._parameters["weight"] = tied_to.modules_to_save._parameters["weight"]
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """As every adapter's. Raises `CheckpointMismatchError` too where two tied weights differ in the file."""
         super().load_state(tensors)
-        mine = self.module._parameters.get("weight")
+        mine = self.modules_to_save._parameters.get("weight")
         self._tie()
-        tied = self.module._parameters.get("weight")
+        tied = self.modules_to_save._parameters.get("weight")
         if mine is not tied and mine is not None and tied is not None and not torch.equal(mine, tied):
             raise CheckpointMismatchError(
                 f"{self.layer.path}.weight: the config says that it is tied to another saved module's, and the file "
@@ -68,15 +68,15 @@ class SavedModule(Adapter):
 
     def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
         if self.compute_dtype is None or self.compute_dtype == self.layer.dtype:
-            return self.module(*args, **kwargs)
-        params = {n: p.to(self.compute_dtype) for n, p in self.module.named_parameters()}
-        return shadowed(self.module, params)(*args, **kwargs)
+            return self.modules_to_save(*args, **kwargs)
+        params = {n: p.to(self.compute_dtype) for n, p in self.modules_to_save.named_parameters()}
+        return shadowed(self.modules_to_save, params)(*args, **kwargs)
 
     def merge(self, params: Params) -> Params:
-        return {name: parameter.to(params[name].dtype) for name, parameter in self.module.named_parameters()}
+        return {name: parameter.to(params[name].dtype) for name, parameter in self.modules_to_save.named_parameters()}
 
     def slots(self) -> dict[str, tuple[nn.Module, str]]:
-        return {slot.removeprefix("module."): where for slot, where in super().slots().items()}
+        return {slot.removeprefix("modules_to_save."): where for slot, where in super().slots().items()}
 
 
 def saved_module_requests(paths: list[str]) -> list[SiteRequest]:

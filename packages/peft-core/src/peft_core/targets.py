@@ -11,8 +11,8 @@ from torch import nn
 
 from .architectures import default_targets, model_type_of
 from .config import AdapterConfig
-from .errors import ConfigError
-from .patterns import NameMatcher, PatternMap, ends
+from .layers import is_conv1d
+from .patterns import NameMatcher, ends
 from .suggest import did_you_mean
 from .tree import walk
 
@@ -114,7 +114,8 @@ class _Selector:
             # Every matcher sees every name: an entry that is overruled elsewhere is not a misspelt one.
             by_name = matcher is not None and path != "" and matcher.matches(*names)
             excluded = exclude is not None and exclude.matches(*names)
-            hit = by_name or (everything and _is_linear(module) and module is not head)
+            linear = everything and module is not head and (isinstance(module, nn.Linear) or is_conv1d(module))
+            hit = by_name or linear
             hit = hit if answer is None else answer
             wanted += hit
             inside = layers.admit(names, hit)
@@ -298,13 +299,6 @@ class _Layers:
         return lines
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is an `nn.Linear`, or the `Conv1D` of transformers, told by name to not import it."""
-    return isinstance(module, nn.Linear) or any(
-        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__
-    )
-
-
 def _within(path: str, outer: Sequence[str]) -> bool:
     return any(path == other or path.startswith(other + ".") for other in outer)
 
@@ -332,6 +326,3 @@ def _ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs[:_MAX_LINES])
-
-
-__all__ = ["ALL_LINEAR", "TASK_HEADS", "ConfigError", "NameMatcher", "PatternMap", "Selection", "select"]

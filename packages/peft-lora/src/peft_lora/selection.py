@@ -8,7 +8,8 @@ from torch import nn
 
 from peft_core.errors import TargetError
 from peft_core.layers import SiteRequest
-from peft_core.targets import TASK_HEADS, NameMatcher
+from peft_core.patterns import NameMatcher
+from peft_core.targets import TASK_HEADS
 from peft_core.tree import walk
 
 from .config import LoraConfig

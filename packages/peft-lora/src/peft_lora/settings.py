@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_core.errors import CheckpointMismatchError
 from peft_core.layers import BaseLayer
-from peft_core.targets import PatternMap
+from peft_core.patterns import PatternMap
 
 from .config import LoraConfig
 
