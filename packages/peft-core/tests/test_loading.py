@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import GainConfig, SumConfig, digest, net, randomise, toys
+from toys import GainConfig, SumConfig, digest, net, randomise
 
 from peft_core import (
     AdapterNameError,
@@ -24,11 +24,7 @@ from peft_core.extensions import extensions
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 CONFIG = SumConfig(target_modules=["up", "down"], modules_to_save=["classifier"], scale=0.5)
 
-
-@pytest.fixture(autouse=True)
-def _toys():
-    with toys():
-        yield
+pytestmark = pytest.mark.usefixtures("toy_methods")
 
 
 @pytest.fixture

@@ -6,18 +6,14 @@ import copy
 
 import pytest
 import torch
-from toys import GainConfig, MixConfig, SumConfig, digest, net, randomise, toys
+from toys import GainConfig, MixConfig, SumConfig, digest, net, randomise
 
 from peft_core import MergeError, RequestError, get_peft_model
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [3, 2, 1]])
 UP_DOWN = SumConfig(target_modules=["up", "down"])
 
-
-@pytest.fixture(autouse=True)
-def _toys():
-    with toys():
-        yield
+pytestmark = pytest.mark.usefixtures("toy_methods")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from toys import GainConfig, Net, ShiftConfig, SumConfig, digest, net, randomise, toys
+from toys import GainConfig, Net, ShiftConfig, SumConfig, digest, net, randomise
 
 from peft_core import (
     AdapterNameError,
@@ -24,11 +24,7 @@ from peft_core import (
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [3, 2, 1]])
 UP_DOWN = SumConfig(target_modules=["up", "down"])
 
-
-@pytest.fixture(autouse=True)
-def _toys():
-    with toys():
-        yield
+pytestmark = pytest.mark.usefixtures("toy_methods")
 
 
 def test_the_model_is_the_users_own():

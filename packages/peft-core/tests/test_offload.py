@@ -8,7 +8,7 @@ from types import MethodType
 import pytest
 import torch
 from torch import nn
-from toys import GainConfig, ShiftConfig, SumConfig, net, randomise, toys
+from toys import GainConfig, ShiftConfig, SumConfig, net, randomise
 
 from peft_core import MergeError, PeftModel, TargetError, get_peft_model
 
@@ -23,11 +23,7 @@ CONFIGS = [
     ShiftConfig(target_modules=["layers.1"]),  # a module of modules
 ]
 
-
-@pytest.fixture(autouse=True)
-def _toys():
-    with toys():
-        yield
+pytestmark = pytest.mark.usefixtures("toy_methods")
 
 
 def on_cpu(model):

@@ -7,18 +7,14 @@ import threading
 
 import pytest
 import torch
-from toys import GainConfig, MixConfig, ShiftConfig, SumConfig, net, randomise, toys
+from toys import GainConfig, MixConfig, ShiftConfig, SumConfig, net, randomise
 
 from peft_core import AdapterNotFoundError, RequestError, get_peft_model
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [3, 2, 1]])
 UP_DOWN = SumConfig(target_modules=["up", "down"])
 
-
-@pytest.fixture(autouse=True)
-def _toys():
-    with toys():
-        yield
+pytestmark = pytest.mark.usefixtures("toy_methods")
 
 
 def test_rows_equal_separate_runs():

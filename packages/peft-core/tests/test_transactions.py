@@ -15,7 +15,7 @@ from inspect import CO_GENERATOR
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import GainConfig, SumConfig, digest, net, randomise, toys
+from toys import GainConfig, SumConfig, digest, net, randomise
 
 from peft_core import get_peft_model
 from peft_core.model import PeftModel
@@ -27,10 +27,7 @@ class Interrupt(BaseException):
     """The injected failure."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _toys():
-    with toys():
-        yield
+pytestmark = pytest.mark.usefixtures("toy_methods")
 
 
 @pytest.fixture(scope="module")
