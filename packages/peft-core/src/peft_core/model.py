@@ -273,12 +273,11 @@ class PeftModel:
 
     def get_layer_status(self) -> list[status.TunerLayerStatus]:
         """The state of each adapted module."""
-        return status.layer_status(self._peft, self._peft.active, self._peft.enabled)
+        return status.layer_status(self._peft)
 
     def get_model_status(self) -> status.TunerModelStatus:
         """The state of the whole model."""
-        model = _module(self)
-        return status.model_status(model, base_class(type(model)), self._peft, self._peft.active, self._peft.enabled)
+        return status.model_status(_module(self), self._peft)
 
     # -- files ---------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from .records import PeftState
+from .subclass import base_class
 
 Irregular = Literal["irregular"]
 
@@ -61,7 +62,7 @@ class TunerModelStatus:
     devices: dict[str, list[str]]
 
 
-def layer_status(state: PeftState, active: tuple[str, ...], enabled: bool) -> list[TunerLayerStatus]:
+def layer_status(state: PeftState) -> list[TunerLayerStatus]:
     """One entry per adapted module."""
     report = []
     for path, site in state.sites.items():
@@ -72,8 +73,8 @@ def layer_status(state: PeftState, active: tuple[str, ...], enabled: bool) -> li
             TunerLayerStatus(
                 name=path,
                 module_type=type(site.base_layer).__name__,
-                enabled=enabled,
-                active_adapters=[n for n in active if n in names],
+                enabled=state.enabled,
+                active_adapters=[n for n in state.active if n in names],
                 merged_adapters=[n for n in state.routing.merged if n in names],
                 requires_grad={n: _one(found) for n, found in flags.items()},
                 available_adapters=sorted(names),
@@ -83,9 +84,7 @@ def layer_status(state: PeftState, active: tuple[str, ...], enabled: bool) -> li
     return report
 
 
-def model_status(
-    model: nn.Module, base_class: type, state: PeftState, active: tuple[str, ...], enabled: bool
-) -> TunerModelStatus:
+def model_status(model: nn.Module, state: PeftState) -> TunerModelStatus:
     """The whole model."""
     trainable, total = count_parameters(model)
     records = state.adapters
@@ -93,14 +92,14 @@ def model_status(
         name: [t.requires_grad for a in record.adapters for t in a.parameters()] for name, record in records.items()
     }
     return TunerModelStatus(
-        base_model_type=base_class.__name__,
+        base_model_type=base_class(type(model)).__name__,
         adapter_model_type="PeftModel",
         peft_types={name: record.config.peft_type for name, record in records.items()},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(state.sites),
-        enabled=enabled,
-        active_adapters=list(active),
+        enabled=state.enabled,
+        active_adapters=list(state.active),
         merged_adapters=list(state.routing.merged),
         requires_grad={name: _one(found) for name, found in flags.items()},
         available_adapters=sorted(records),
