@@ -53,8 +53,12 @@ class AutoPeftModel:
                 f"{path}: the adapter's config names no base model; load the base yourself, then "
                 "PeftModel.from_pretrained(base, directory)"
             )
+        task = stored.get("task_type") or cls.task_type
+        if cls.task_type not in (None, task):
+            raise CheckpointError(
+                f"{path}: the adapter's task is {task}, not {cls.task_type}; AutoPeftModel takes the class that fits"
+            )
         transformers = _transformers()
-        task = cls.task_type or stored.get("task_type")
         source = {"revision": stored.get("revision"), **kwargs}
         if source["revision"] is None:
             del source["revision"]

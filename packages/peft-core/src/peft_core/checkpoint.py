@@ -57,8 +57,11 @@ def save(
     record: AdapterRecord,
     *,
     base_model_name_or_path: str | os.PathLike[str] | None = None,
+    base_class: type | None = None,
 ) -> None:
     """Write an adapter into `directory`, in place of one that is there.
+
+    Without a task type, the config says by its `auto_mapping` what `base_class` the model has.
 
     Atomic and durable: whatever happens, the directory then holds the old checkpoint or the new one. Several
     processes may save into one directory; the last one stays.
@@ -74,7 +77,10 @@ def save(
     config = record.config
     if base_model_name_or_path is not None:
         config = config.resolve(base_model_name_or_path=os.fspath(base_model_name_or_path))
-    text = dump_json(config.to_dict(inference_mode=True))
+    data = config.to_dict(inference_mode=True)
+    if config.task_type is None and base_class is not None:
+        data["auto_mapping"] = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
+    text = dump_json(data)
     parse_json(text.encode(), source=f"the config of adapter {record.name!r}")  # What no reader takes is not written.
     metadata = {"format": "pt", CONFIG_KEY: text, LAYOUT_KEY: str(LAYOUT)}
     if record.method.source.distribution is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -315,7 +316,7 @@ class PeftModel:
         base_name = getattr(self, "name_or_path", None) or None
         for record in records:
             folder = Path(save_directory) if record.name == "default" else Path(save_directory) / record.name
-            checkpoint.save(folder, record, base_model_name_or_path=base_name)
+            checkpoint.save(folder, record, base_model_name_or_path=base_name, base_class=base_class(type(self)))
 
     @classmethod
     def from_pretrained(cls, model: Any, model_id: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
@@ -330,8 +331,13 @@ class PeftModel:
                 args = (model,) if model_id is None else (model, model_id)
                 return own.from_pretrained(*args, **extra, **kwargs)
             raise PeftError("PeftModel.from_pretrained takes the base model, then the adapter's directory")
-        load_into(model, model_id, adapter_name, activate=True, **kwargs)
-        return model if kwargs.get("is_trainable") else model.eval()
+        with Undo() as undo:
+            if not kwargs.get("is_trainable"):
+                for module in model.modules():
+                    undo.add(partial(setattr, module, "training", module.training))
+                model.eval()
+            load_into(model, model_id, adapter_name, activate=True, **kwargs)
+        return model
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str = "default", **kwargs: Any
