@@ -131,3 +131,43 @@ def test_a_recompute_that_could_be_anybodys_is_refused(kind):
     for names in (["b"] * 4, ["default"] * 4):  # one after the other is fine, as often as one likes
         model(IDS, adapter_names=names).sum().backward()
     (model(IDS) + model(IDS)).sum().backward()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mask", ["none", "padding", "causal", "per head"])
+@pytest.mark.parametrize("length", [2, 4])
+def test_rows_of_attention_with_masks(batch_first, mask, length):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+        def forward(self, x, **masks):
+            return self.attention(x, x, value=x, **masks)
+
+    torch.manual_seed(0)
+    model = get_peft_model(Model(), ShiftConfig(target_modules=["attention"]))
+    model.add_adapter("other", ShiftConfig(target_modules=["attention"]))
+    randomise(model)
+    randomise(model, "other", seed=2)
+    batch = torch.randn(4, length, 8)
+    padding = torch.zeros(4, length, dtype=torch.bool)
+    padding[1, 0] = padding[2, 1] = True
+    causal = torch.ones(length, length, dtype=torch.bool).triu(1)
+    masks = {
+        "none": {},
+        "padding": {"key_padding_mask": padding},
+        "causal": {"attn_mask": causal},
+        "per head": {"attn_mask": causal.repeat(8, 1, 1)},
+    }[mask]
+
+    def call(**names):
+        out, weights = model(batch if batch_first else batch.transpose(0, 1), **masks, **names)
+        return (out if batch_first else out.transpose(0, 1)), weights
+
+    names = ["default", "other", "__base__", "other"]
+    mixed = call(adapter_names=names)
+    for row, name in enumerate(names):
+        alone = call(adapter_names=[name] * 4)
+        for one, other in zip(mixed, alone, strict=True):
+            torch.testing.assert_close(one[row], other[row], rtol=1e-5, atol=1e-5)

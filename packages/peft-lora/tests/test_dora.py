@@ -148,3 +148,15 @@ def test_refusals() -> None:
         site_with(nn.MultiheadAttention(8, 2), use_dora=True)
     with pytest.raises(ConfigError, match="exclude each other"):
         LoraConfig(use_dora=True, lora_bias=True)
+
+
+def test_rows_of_zeros_merge() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4))
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    x = torch.randn(3, 5)
+    before = model(x)
+    model = get_peft_model(model, LoraConfig(target_modules=["0"], use_dora=True, r=2))
+    torch.testing.assert_close(model(x), before)
+    torch.testing.assert_close(model.merge_and_unload()(x), before)

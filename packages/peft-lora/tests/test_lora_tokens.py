@@ -207,10 +207,10 @@ def test_copies_of_tied_modules_share_their_weight(dtype: torch.dtype, tmp_path:
     reference = llama(True, dtype)
     (embedding,) = model.model.embed_tokens.of("default").values()
     (head,) = model.lm_head.of("default").values()
-    assert head.module.weight is embedding.module.weight
+    assert head.modules_to_save.weight is embedding.modules_to_save.weight
     get_peft_model(reference, LoraConfig(r=2, target_modules=["q_proj"]))
     with torch.no_grad():
-        reference.model.embed_tokens.weight.copy_(embedding.module.weight)
+        reference.model.embed_tokens.weight.copy_(embedding.modules_to_save.weight)
         for ours, theirs in zip(
             (p for n, p in model.named_parameters() if "lora" in n),
             (p for n, p in reference.named_parameters() if "lora" in n),
@@ -223,7 +223,7 @@ def test_copies_of_tied_modules_share_their_weight(dtype: torch.dtype, tmp_path:
     again = PeftModel.from_pretrained(llama(True, dtype), tmp_path)
     assert torch.equal(again(IDS).logits, out)
     (one,), (two,) = again.model.embed_tokens.of("default").values(), again.lm_head.of("default").values()
-    assert one.module.weight is two.module.weight
+    assert one.modules_to_save.weight is two.modules_to_save.weight
     model.merge_adapter()
     assert model.lm_head.base_layer.weight is model.model.embed_tokens.base_layer.weight
 

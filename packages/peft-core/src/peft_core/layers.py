@@ -7,6 +7,7 @@ module's function with other weights. Storage backends add views through the `pe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,8 +15,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import offload
+from . import rows as batch
 from .errors import MergeError, TargetError
 
 Params = dict[str, Tensor]
@@ -60,19 +63,24 @@ class BaseLayer:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, {type(self.module).__name__})"
 
+    @property
+    def positionwise(self) -> bool:
+        """Whether the module's call is that of its kind and nothing more, so that a linear layer may see flat rows."""
+        return False
+
     # -- reading and writing -------------------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the parameters this view covers."""
-        return self.request.names or tuple(name for name, _ in self.module.named_parameters())
+        return self.request.names or tuple(name for name, _ in self.module.named_parameters(remove_duplicate=False))
 
     def params(self) -> Params:
         """The weights as dense tensors, without a copy where the storage is dense and at hand."""
         return {name: self._value(name) for name in self.names}
 
     def write(self, params: Mapping[str, Tensor]) -> None:
-        """Put new weights in place, rounding once to the stored dtype. The old parameters are left untouched.
+        """Put new weights (or buffers) in place, rounding once to the stored dtype. The old ones are left untouched.
 
         Raises `MergeError` where the stored weights are kept elsewhere.
         """
@@ -83,20 +91,23 @@ class BaseLayer:
                     f"{self.path}.{name}: the weight is offloaded, and would be read again from where it is kept at "
                     "the next call; load the model without offloading to merge"
                 )
-            old = owner._parameters[attribute]
-            assert old is not None
+            old = self._stored(name)
             stored = self._to_storage(name, value).detach().to(old.dtype).contiguous()
-            owner._parameters[attribute] = nn.Parameter(stored, requires_grad=old.requires_grad)
+            if attribute in owner._buffers:
+                owner._buffers[attribute] = stored
+            else:
+                owner._parameters[attribute] = nn.Parameter(stored, requires_grad=old.requires_grad)
 
-    def snapshot(self, names: tuple[str, ...] | None = None) -> dict[str, nn.Parameter]:
-        """The parameter objects themselves, so that `restore` is exact and ties between modules come back."""
+    def snapshot(self, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        """The parameters (or buffers) themselves, so that `restore` is exact and ties between modules come back."""
         return {name: self._stored(name) for name in (self.names if names is None else names)}
 
-    def restore(self, snapshot: Mapping[str, nn.Parameter]) -> None:
-        """Put the parameters of a snapshot back."""
-        for name, parameter in snapshot.items():
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Put the tensors of a snapshot back."""
+        for name, tensor in snapshot.items():
             owner, attribute = self._owner(name)
-            owner._parameters[attribute] = parameter
+            tensors: dict[str, Any] = owner._buffers if attribute in owner._buffers else owner._parameters
+            tensors[attribute] = tensor
 
     def call(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The module's function with `params` in place of its own weights; the module itself is not touched."""
@@ -105,6 +116,18 @@ class BaseLayer:
             # The compiler follows this for every module, and a shadow for some only; nothing runs meanwhile.
             return torch.func.functional_call(self.module, stored, args, kwargs)
         return shadowed(self.module, stored)(*args, **kwargs)
+
+    # -- rows of a batch -----------------------------------------------------------------------------------------
+
+    def take_rows(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, rows: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call, for some rows of its batch of `size`."""
+        return batch.pick(args, size, self.batch_dim, rows), batch.pick(kwargs, size, self.batch_dim, rows)
+
+    def join_rows(self, pieces: list[Any], sizes: list[int], order: Tensor) -> Any:
+        """The outputs of several groups of rows, put together in the order of the batch. Raises `RequestError`."""
+        return batch.join(pieces, sizes, order, self.batch_dim)
 
     # -- building an adapter -------------------------------------------------------------------------------------
 
@@ -145,9 +168,9 @@ class BaseLayer:
         parent, _, attribute = name.rpartition(".")
         return (self.module.get_submodule(parent) if parent else self.module), attribute
 
-    def _stored(self, name: str) -> nn.Parameter:
+    def _stored(self, name: str) -> Tensor:
         owner, attribute = self._owner(name)
-        parameter = owner._parameters.get(attribute)
+        parameter = owner._parameters.get(attribute, owner._buffers.get(attribute))
         if parameter is None:
             raise self.refuse(f"it has no parameter {name!r}; it has {[n for n, _ in self.module.named_parameters()]}")
         return parameter
@@ -171,6 +194,27 @@ class BaseLayer:
 class _WeightBias(BaseLayer):
     """A layer whose parameters are `weight` and perhaps `bias`."""
 
+    def __init__(self, module: nn.Module, path: str, request: SiteRequest | None = None) -> None:
+        super().__init__(module, path, request)
+        for name in ("weight", "bias"):
+            if name not in module._parameters and getattr(module, name, None) is not None:
+                raise self.refuse(
+                    f"its {name} is computed from other tensors at each call (a parametrization, a norm, pruning), so "
+                    "that no adapter can read, replace or merge it; make it a plain parameter first "
+                    "(remove_parametrizations, remove_weight_norm, prune.remove), or exclude the module"
+                )
+        weight = self._stored("weight")
+        if is_lazy(weight):
+            raise self.refuse("its shape is not known before its first call; call the model once, then adapt it")
+        if not (weight.is_floating_point() or weight.is_complex()):
+            raise self._unreadable(weight)
+
+    def _unreadable(self, weight: Tensor) -> TargetError:
+        return self.refuse(
+            f"its weight is stored as {weight.dtype} of shape {tuple(weight.shape)}, which no installed storage "
+            "backend can read; install the extension for this kind of quantised layer, or exclude the module"
+        )
+
     @property
     def names(self) -> tuple[str, ...]:
         if self.request.names:
@@ -191,15 +235,17 @@ class LinearLayer(_WeightBias):
     def __init__(self, module: nn.Module, path: str, request: SiteRequest | None = None) -> None:
         super().__init__(module, path, request)
         self.transposed = is_conv1d(module)
-        self._plain = type(module) is nn.Linear
+        self._own_forward = type(module).forward is not nn.Linear.forward and not is_conv1d(module)
         weight = self._stored("weight")
         if not weight.is_floating_point() or weight.dim() != 2:
-            raise self.refuse(
-                f"its weight is stored as {weight.dtype} of shape {tuple(weight.shape)}, which no installed storage "
-                "backend can read; install the extension for this kind of quantised layer, or exclude the module"
-            )
+            raise self._unreadable(weight)
         rows, columns = weight.shape
         self.in_features, self.out_features = (rows, columns) if self.transposed else (columns, rows)
+
+    @property
+    def positionwise(self) -> bool:
+        module = self.module
+        return not (self._own_forward or module._forward_hooks or module._forward_pre_hooks)
 
     def params(self) -> Params:
         params = super().params()
@@ -211,7 +257,7 @@ class LinearLayer(_WeightBias):
         return value.t() if self.transposed and name == "weight" else value
 
     def call(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        if self._plain and len(args) == 1 and not kwargs:
+        if self.positionwise and not self.transposed and len(args) == 1 and not kwargs:
             return F.linear(args[0], params["weight"], params.get("bias"))
         return super().call(params, *args, **kwargs)
 
@@ -298,6 +344,24 @@ class AttentionLayer(BaseLayer):
     @property
     def embed_dim(self) -> int:
         return int(self.module.embed_dim)
+
+    def take_rows(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, rows: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = inspect.signature(nn.MultiheadAttention.forward).bind(self.module, *args, **kwargs).arguments
+        inputs = tuple(given.pop(name).index_select(self.batch_dim, rows) for name in ("query", "key", "value"))
+        del given["self"]
+        # The masks have the batch in front wherever the inputs have it, or are the same for every row.
+        if given.get("key_padding_mask") is not None:
+            given["key_padding_mask"] = given["key_padding_mask"].index_select(0, rows)
+        mask = given.get("attn_mask")
+        if mask is not None and mask.dim() == 3:
+            given["attn_mask"] = mask.unflatten(0, (size, -1)).index_select(0, rows).flatten(0, 1)
+        return inputs, given
+
+    def join_rows(self, pieces: list[Any], sizes: list[int], order: Tensor) -> Any:
+        outputs, weights = zip(*pieces, strict=True)
+        return batch.join(list(outputs), sizes, order, self.batch_dim), batch.join(list(weights), sizes, order, 0)
 
 
 def is_conv1d(module: nn.Module) -> bool:

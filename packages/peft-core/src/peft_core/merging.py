@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import hook_results
 from .errors import MergeError
@@ -24,14 +24,14 @@ from .transaction import Undo
 @torch.no_grad()
 def merge(
     state: PeftState, names: tuple[str, ...], undo: Undo, *, progressbar: bool = False
-) -> dict[str, dict[str, nn.Parameter]]:
+) -> dict[str, dict[str, Tensor]]:
     """Fold the adapters into their layers' weights, in order; returns the original parameters by site path.
 
     Raises `MergeError`, with every weight as it was, where a method has no merged form, where a result is not
     finite, or where a layer has no place for it (a bias it lacks).
     """
-    snapshots: dict[str, dict[str, nn.Parameter]] = {}
-    ties: dict[int, list[tuple[BaseLayer, str, nn.Parameter]]] = {}
+    snapshots: dict[str, dict[str, Tensor]] = {}
+    ties: dict[int, list[tuple[BaseLayer, str, Tensor]]] = {}
     for path, site in _progress(state.sites, progressbar):
         if not site.chain(names):
             continue
@@ -56,6 +56,11 @@ def unmerge(state: PeftState, undo: Undo) -> None:
         layer = state.sites[path]._layer
         merged = layer.snapshot(tuple(snapshot))
         undo.add(lambda layer=layer, merged=merged: layer.restore(merged))  # type: ignore[misc]
+        for name, tensor in snapshot.items():
+            now = merged[name]
+            if (tensor.dtype, tensor.device) != (now.dtype, now.device):  # the model was cast or moved meanwhile
+                undo.add(lambda tensor=tensor, data=tensor.data: setattr(tensor, "data", data))  # type: ignore[misc]
+                tensor.data = tensor.data.to(now)
         layer.restore(snapshot)
 
 
@@ -63,7 +68,9 @@ def _merged(state: PeftState, site: Site, path: str, names: tuple[str, ...]) -> 
     layer = site._layer
     stored = layer.params()
     params = {n: p.float() if p.dtype in HALF else p for n, p in stored.items()}
-    before = dict(params)
+    # A merge may give new values to buffers as well: a module that was trained in full has its own.
+    buffers = dict(layer.module.named_buffers(remove_duplicate=False))
+    before = {**buffers, **params}
     for name in names:
         record = state.adapters[name]
         for adapter in site.chain((name,)):
@@ -82,7 +89,7 @@ def _merged(state: PeftState, site: Site, path: str, names: tuple[str, ...]) -> 
             raise MergeError(
                 f"{path}.{name}: merging gives shape {tuple(value.shape)}, the layer has {tuple(before[name].shape)}"
             )
-        dtype = stored[name].dtype
+        dtype = (stored[name] if name in stored else buffers[name]).dtype
         if not torch.isfinite(value.to(dtype)).all():
             raise MergeError(
                 f"{path}.{name}: the merged weight is not finite in {dtype}; look for NaN or infinite values in the "
@@ -91,7 +98,7 @@ def _merged(state: PeftState, site: Site, path: str, names: tuple[str, ...]) -> 
     return changed
 
 
-def _tie_again(members: list[tuple[BaseLayer, str, nn.Parameter]]) -> None:
+def _tie_again(members: list[tuple[BaseLayer, str, Tensor]]) -> None:
     """Modules that shared a parameter and come out equal go on sharing one."""
     first = members[0][2]
     if all(first.shape == other.shape and torch.equal(first, other) for _, _, other in members[1:]):

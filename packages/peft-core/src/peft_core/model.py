@@ -207,7 +207,8 @@ class PeftModel:
         with Undo() as undo:
             undo.keep_state(state)
             state.snapshots = merge(state, names, undo, progressbar=progressbar)
-            activate_records(state, [state.adapters[name] for name in names], undo)
+            state.resting, state.active = state.active, names  # for as long as it lasts; flags stay as they are
+            state.publish()
             state.routing.merged = names
 
     def unmerge_adapter(self) -> None:
@@ -219,6 +220,8 @@ class PeftModel:
             undo.keep_state(state)
             unmerge(state, undo)
             state.snapshots = {}
+            state.active = state.resting
+            state.publish()
             state.routing.merged = ()
 
     def merge_and_unload(

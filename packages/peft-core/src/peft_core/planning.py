@@ -6,7 +6,7 @@ instead of stopping at the first, and leaves the model untouched. `plan` shows a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -81,16 +81,17 @@ def draft(
                 "models, or call unload() on the inner one first"
             )
     requests, config, problems = _select(model, tree, method, config, trusted)
+    problems += _within_copies(state, name, requests)
     layers: list[BaseLayer] = []
     kept: list[SiteRequest] = []
     for request in requests:
         try:
-            layers.append(view(tree, request))
+            layer = view(tree, request)
+            layer.build_dtype = _dtype(layer, float32)
+            layers.append(layer)
             kept.append(request)
         except PeftError as error:
             problems.append(str(error))
-    for layer in layers:
-        layer.build_dtype = _dtype(layer, float32)
     shared = nn.Module()
     record = AdapterRecord(name, method, config, kept, [], shared)
     result = Draft(record, layers, tree, problems)
@@ -255,6 +256,22 @@ def _select(
     if not requests and not problems:
         problems.append("the config selects nothing of the model")
     return requests, config, problems
+
+
+def _within_copies(state: PeftState | None, name: str, requests: list[SiteRequest]) -> Iterator[str]:
+    """Adapters inside a module that is copied whole: the copy would bypass them, or hold them."""
+    others = [record for record in state.adapters.values() if record.name != name] if state else []
+    owned = [(name, request) for request in requests]
+    owned += [(other.name, request) for other in others for request in other.requests]
+    copies = [(owner, request) for owner, request in owned if request.copied]
+    for outer, copied in copies:
+        for inner, request in owned:
+            if name in (outer, inner) and request.path.startswith(f"{copied.path}."):
+                yield (
+                    f"{request.path}: adapter {inner!r} would sit inside {copied.path}, of which adapter {outer!r} "
+                    "trains a copy of its own (modules_to_save); adapt the module in one of the two ways, or keep the "
+                    "two adapters on separate copies of the model"
+                )
 
 
 def _dtype(layer: BaseLayer, float32: bool) -> torch.dtype | None:

@@ -70,8 +70,10 @@ class PeftState:
     sites: dict[str, Site] = field(default_factory=dict)
     thawed: frozenset[str] = frozenset()
     """Names of the base parameters that required gradients before the first adapter came."""
-    snapshots: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
-    """Original parameters of the sites whose adapters are merged, by path."""
+    snapshots: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Original parameters and buffers of the sites whose adapters are merged, by path."""
+    resting: tuple[str, ...] = ()
+    """What was active before the merge."""
     unnested: list[nn.Module] = field(default_factory=list)
     """Encoders that are kept from nested tensors while they hold adapters."""
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, as_compute
 from .errors import CheckpointMismatchError
-from .layers import BaseLayer, Params, SiteRequest, shadowed
+from .layers import BaseLayer, Params, SiteRequest, layer_of, shadowed
 from .site import Link
 
 
@@ -25,8 +25,6 @@ class SavedModule(Adapter):
     def __init__(self, layer: BaseLayer, tied_to: SavedModule | None = None) -> None:
         """`tied_to` is the copy of another module, whose `weight` this one has too."""
         super().__init__(layer)
-        dtypes = [p.dtype for p in layer.module.parameters()]
-        self.compute_dtype = dtypes[0] if dtypes else None
         self.modules_to_save = self._copy(layer)  # filters of parameter names look for this word
         self.__dict__["tied_to"] = tied_to  # by reference: it is registered at its own site
         self._tie()
@@ -64,16 +62,31 @@ class SavedModule(Adapter):
                 else (tensor.detach().clone().to(dtype))
             )
             memo[id(tensor)] = nn.Parameter(value, requires_grad=value.is_floating_point())
-        return copy.deepcopy(layer.module, memo)
+        try:
+            return copy.deepcopy(layer.module, memo)
+        except Exception as error:
+            raise layer.refuse(
+                f"it cannot be copied for training ({error}); make its weights plain parameters first "
+                "(remove_weight_norm, prune.remove), or leave it out of modules_to_save"
+            ) from error
 
     def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
-        if self.compute_dtype is None or self.compute_dtype == self.layer.dtype:
+        own = dict(self.layer.module.named_parameters(remove_duplicate=False))
+        params = dict(self.modules_to_save.named_parameters(remove_duplicate=False))
+        if all(parameter.dtype == own[name].dtype for name, parameter in params.items()):
             return self.modules_to_save(*args, **kwargs)
-        params = {n: p.to(self.compute_dtype) for n, p in self.modules_to_save.named_parameters()}
-        return shadowed(self.modules_to_save, params)(*args, **kwargs)
+        cast = {name: as_compute(parameter, own[name]) for name, parameter in params.items()}
+        return shadowed(self.modules_to_save, cast)(*args, **kwargs)
 
     def merge(self, params: Params) -> Params:
-        return {name: parameter.to(params[name].dtype) for name, parameter in self.modules_to_save.named_parameters()}
+        # Read as the module itself is: the weight with its output rows first.
+        trained = layer_of(self.modules_to_save, SiteRequest(self.layer.path)).params()
+        own = dict(self.layer.module.named_buffers(remove_duplicate=False))
+        buffers = self.modules_to_save.named_buffers(remove_duplicate=False)
+        return {
+            **{name: as_compute(parameter, params[name]) for name, parameter in trained.items()},
+            **{name: buffer for name, buffer in buffers if not torch.equal(buffer, own[name])},
+        }
 
     def slots(self) -> dict[str, tuple[nn.Module, str]]:
         return {slot.removeprefix("modules_to_save."): where for slot, where in super().slots().items()}

@@ -5,6 +5,7 @@ This is the hot path. It runs no hook, copies nothing, and costs one dictionary 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Site(nn.Module):
         self._routing = routing
         self._layer = layer
         self._chains: dict[str, tuple[Adapter, ...]] = {}
+        self._input = _first_input(layer.module)
         self.training = layer.module.training
 
     # -- adapters by name ----------------------------------------------------------------------------------------
@@ -85,6 +87,9 @@ class Site(nn.Module):
     # -- forward -------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs and not args and self._input in kwargs:  # adapters find the input in one place
+            kwargs = dict(kwargs)
+            args = (kwargs.pop(self._input),)
         routing = self._routing
         request = routing.current()
         if routing.merged:
@@ -102,14 +107,16 @@ class Site(nn.Module):
         return Link(self._layer, chain)(*args, **kwargs)
 
     def _run_additive(self, chain: tuple[Adapter, ...], x: Tensor) -> Tensor:
-        """Flat path: the base once, then every delta onto its output; linear layers see rows flattened once."""
+        """Flat path: the base once, then every delta onto its output; a linear layer's deltas see flat rows."""
         shape = x.shape
         flat = self._layer.kind == "linear" and len(shape) > 2
-        if flat:
-            x = x.reshape(-1, shape[-1])
-        out: Tensor = self.base_layer(x)
+        rows = x.flatten(0, -2) if flat else x
+        if flat and not self._layer.positionwise:  # what else the module does may depend on the shape
+            out: Tensor = self.base_layer(x).flatten(0, -2)
+        else:
+            out = self.base_layer(rows)
         for adapter in chain:
-            out = adapter.accumulate(out, x)  # type: ignore[operator]
+            out = adapter.accumulate(out, rows)  # type: ignore[operator]
         return out.view(*shape[:-1], out.shape[-1]) if flat else out
 
     # -- one adapter per row -------------------------------------------------------------------------------------
@@ -143,9 +150,9 @@ class Site(nn.Module):
                         part = adapter.accumulate(part, x)  # type: ignore[operator]
                     out = out.index_copy(dim, rows, part)
             return out
-        pieces = [self._run(c, _pick(args, size, dim, r), _pick(kwargs, size, dim, r)) for c, r in groups]
+        pieces = [self._run(c, *self._layer.take_rows(args, kwargs, size, r)) for c, r in groups]
         order = torch.cat([rows for _, rows in groups]).argsort()
-        return _join(pieces, [len(rows) for _, rows in groups], order, dim)
+        return self._layer.join_rows(pieces, [len(rows) for _, rows in groups], order)
 
     # -- looking like the base layer -----------------------------------------------------------------------------
 
@@ -153,7 +160,8 @@ class Site(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":  # not there yet, or half unpickled
+            # `base_layer`: not there yet, or half unpickled. Protocols such as copying are the site's own.
+            if name == "base_layer" or (name.startswith("__") and name.endswith("__")):
                 raise
             return getattr(self.base_layer, name)
 
@@ -176,35 +184,15 @@ class Site(nn.Module):
         return f"adapters={list(self._chains)}"
 
 
+def _first_input(module: nn.Module) -> str:
+    """The name of the first argument of the module's forward, where it may be given by position."""
+    first = next(iter(inspect.signature(module.forward).parameters.values()), None)
+    return first.name if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD else ""
+
+
 def _check_merged(routing: Routing, request: Request) -> None:
     if request.rows is not None or request.active != routing.merged:
         raise RequestError(
             f"adapters {list(routing.merged)} are merged into the base weights, but this call wants "
             f"{list(request.rows or request.active) or 'no adapter'}; call unmerge_adapter() first"
         )
-
-
-def _pick(value: Any, size: int, dim: int, rows: Tensor) -> Any:
-    """Those rows of every tensor whose batch dimension has `size` entries."""
-    if isinstance(value, Tensor):
-        return value.index_select(dim, rows) if value.dim() > dim and value.shape[dim] == size else value
-    if isinstance(value, dict):
-        return {k: _pick(v, size, dim, rows) for k, v in value.items()}
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_pick(v, size, dim, rows) for v in value)
-    return value
-
-
-def _join(pieces: list[Any], sizes: list[int], order: Tensor, dim: int) -> Any:
-    """Put the groups' outputs together in the order of the batch."""
-    first = pieces[0]
-    if isinstance(first, Tensor):
-        for at in (dim, 0) if dim else (0,):
-            if all(p.dim() > at and p.shape[at] == n for p, n in zip(pieces, sizes, strict=True)):
-                return torch.cat(pieces, at).index_select(at, order)
-        raise RequestError("a layer's output has no batch dimension, so one adapter per row cannot be joined")
-    if isinstance(first, tuple):
-        return tuple(_join(list(parts), sizes, order, dim) for parts in zip(*pieces, strict=True))
-    if first is None:
-        return None
-    raise RequestError(f"a layer returned {type(first).__name__}; one adapter per row needs tensors or tuples of them")

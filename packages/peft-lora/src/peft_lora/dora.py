@@ -88,6 +88,7 @@ class Dora(Adapter):
         own = self.layer.params()["weight"].to(weight.dtype)
         moved = self.lora.merge({"weight": own})["weight"]
         norm = torch.linalg.vector_norm(self._by_row(moved).flatten(1), dim=1).detach()
+        norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)  # rows of zeros stay zeros, as in the forward
         gain = as_compute(self.lora_magnitude_vector, weight).flatten() / norm
         shape = (-1,) if isinstance(self.lora, LoraEmbedding) else (-1, *(1,) * (weight.dim() - 1))
         return {**params, "weight": weight + (moved * gain.view(shape) - own)}
