@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +48,6 @@ class Draft:
             )
 
 
-def method_of(config: AdapterConfig) -> Method:
-    """The method a config belongs to."""
-    return load_method(config.peft_type)
-
-
 def draft(
     model: nn.Module,
     name: str,
@@ -71,7 +67,7 @@ def draft(
         trusted: whether patterns in the config were written by the user, rather than read from a file.
         tensors: the checkpoint's part for a site, where one is loaded; then nothing is initialised.
     """
-    method = method or method_of(config)
+    method = method or load_method(config.peft_type)
     tree = walk(model)
     state: PeftState | None = model.__dict__.get("_peft")
     for path, site in tree.sites.items():
@@ -193,25 +189,13 @@ def _select(
     problems: list[str] = []
     matched: tuple[str, ...] = ()
 
-    def resolved() -> AdapterConfig:
+    def ask(hook_name: str, otherwise: Any) -> Any:
+        """What a hook makes of the matched modules; its refusal is one problem among the others."""
         try:
-            found: AdapterConfig = hook_results.call(
-                method, "peft_resolve", config=config, model=model, matched=matched
-            )
+            return hook_results.call(method, hook_name, config=config, model=model, matched=matched)
         except PeftError as error:
             problems.append(str(error))
-            return config
-        return found
-
-    def sites() -> list[SiteRequest]:
-        try:
-            found: list[SiteRequest] = hook_results.call(
-                method, "peft_sites", config=config, model=model, matched=matched
-            )
-        except PeftError as error:
-            problems.append(str(error))
-            return []
-        return found
+            return otherwise
 
     if isinstance(config, TargetedConfig):
 
@@ -236,8 +220,8 @@ def _select(
         selection = choose(True)
         matched = tuple(selection.matched)
         targeted, config = config, config.resolve(**selection.resolved)
-        config = resolved()
-        extra = sites()
+        config = ask("peft_resolve", config)
+        extra: list[SiteRequest] = ask("peft_sites", [])
         if not matched and not extra and not problems:
             config = targeted
             selection = choose(False)  # now with what there is to say about a selection that is empty
@@ -245,8 +229,8 @@ def _select(
         requests += [SiteRequest(path) for path in selection.matched]
         requests += saved_module_requests(list(selection.modules_to_save))
     else:
-        config = resolved()
-        extra = sites()
+        config = ask("peft_resolve", config)
+        extra = ask("peft_sites", [])
     requests += extra
     seen: set[tuple[str, str]] = set()
     for request in requests:
