@@ -270,3 +270,16 @@ def test_a_model_that_is_cast_while_it_is_merged():
     model.merge_adapter()
     model.double().unmerge_adapter()
     torch.testing.assert_close(model(IDS), before.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_modules_that_share_a_weight_and_merge_alike_go_on_sharing_one():
+    model = net()
+    first, second = model.layers[0].up, model.layers[1].up
+    second.weight = shared = first.weight
+    get_peft_model(model, SumConfig(target_modules=["up"]))
+    randomise(model)
+    model.layers[1].up.adapters.default.load_state(model.layers[0].up.adapters.default.state())
+    model.merge_adapter()
+    assert first.weight is second.weight is not shared
+    model.unmerge_adapter()
+    assert first.weight is second.weight is shared
