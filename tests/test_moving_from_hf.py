@@ -29,7 +29,7 @@ SCRIPTS = {
         model.save_pretrained("out", save_embedding_layers="auto")
         config = PeftConfig.from_pretrained("out")
         result["config"] = [config.task_type == TaskType.CAUSAL_LM, config.peft_type == "LORA", config.r]
-        model = PeftModel.from_pretrained(make("llama").train(), "out")
+        model = PeftModel.from_pretrained(make("llama").eval(), "out")
         result["training"] = model.training
         result["logits"] = model(**batch("llama")).logits
         result["training again"] = PeftModel.from_pretrained(make("llama").train(), "out", is_trainable=True).training

@@ -41,7 +41,8 @@ def test_reload_on_a_fresh_base_is_exact(saved):
     model = net()
     assert PeftModel.from_pretrained(model, path) is model
     assert torch.equal(model(IDS), expected)
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert model.training and not any(p.requires_grad for p in model.parameters())  # a load changes no mode
+    assert not PeftModel.from_pretrained(net().eval(), path, is_trainable=True).training
     assert model.peft_config["default"].scale == 0.5 and model.peft_config["default"].inference_mode
     trainable = PeftModel.from_pretrained(net(), path, is_trainable=True)
     assert sum(p.requires_grad for p in trainable.parameters()) == 8 + 2

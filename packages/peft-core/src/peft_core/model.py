@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -323,7 +322,7 @@ class PeftModel:
 
     @classmethod
     def from_pretrained(cls, model: Any, model_id: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
-        """Load a saved adapter onto `model`, in place, and activate it, in eval mode unless `is_trainable`.
+        """Load a saved adapter onto `model`, in place, and activate it. The model's train or eval mode stays.
 
         Keyword arguments are those of `load_adapter`. Raises as `load_adapter`.
         """
@@ -334,12 +333,7 @@ class PeftModel:
                 args = (model,) if model_id is None else (model, model_id)
                 return own.from_pretrained(*args, **extra, **kwargs)
             raise PeftError("PeftModel.from_pretrained takes the base model, then the adapter's directory")
-        with Undo() as undo:
-            if not kwargs.get("is_trainable"):
-                for module in model.modules():
-                    undo.add(partial(setattr, module, "training", module.training))
-                model.eval()
-            load_into(model, model_id, adapter_name, activate=True, **kwargs)
+        load_into(model, model_id, adapter_name, activate=True, **kwargs)
         return model
 
     def load_adapter(
