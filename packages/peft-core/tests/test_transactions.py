@@ -19,6 +19,7 @@ from toys import GainConfig, SumConfig, digest, net, randomise
 
 from peft_core import get_peft_model
 from peft_core.model import PeftModel
+from peft_core.transaction import Undo
 
 CONFIG = SumConfig(target_modules=["up", "down"], modules_to_save=["classifier"])
 
@@ -144,3 +145,17 @@ def test_all_or_nothing(operation, fail, saved):
         torch.manual_seed(0)
         assert model(ids).shape == twin(ids).shape
         assert [name for name, _ in model.named_modules()] == [name for name, _ in twin.named_modules()]
+
+
+@pytest.mark.parametrize("change", [lambda d: d.update(new=3), lambda d: d.pop("a"), lambda d: d.update(b=3)])
+def test_what_is_taken_back_is_never_empty_in_between(change):
+    class Watched(dict):
+        def clear(self):
+            raise AssertionError("a call on another thread would find nothing here")
+
+    mapping = Watched(a=1, b=2)
+    undo = Undo()
+    undo.keep(mapping)
+    change(mapping)
+    undo.__exit__(Interrupt, None, None)
+    assert list(mapping.items()) == [("a", 1), ("b", 2)]

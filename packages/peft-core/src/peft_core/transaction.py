@@ -25,8 +25,13 @@ class Undo:
         entries = dict(mapping)
 
         def step() -> None:
-            mapping.clear()
+            # Never empty in between: calls on other threads go on reading it.
+            for key in mapping.keys() - entries.keys():
+                del mapping[key]
             mapping.update(entries)
+            if list(mapping) != list(entries):
+                for key in entries:
+                    mapping[key] = mapping.pop(key)
 
         self.add(step)
 
