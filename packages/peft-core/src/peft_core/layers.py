@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from . import offload
 from . import rows as batch
 from .errors import MergeError, TargetError
-from .shadow import shadowed
+from .stand_in import shadowed
 
 Params = dict[str, Tensor]
 

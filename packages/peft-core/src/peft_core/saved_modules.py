@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .adapter import Adapter, as_compute
 from .errors import CheckpointMismatchError
 from .layers import BaseLayer, Params, SiteRequest, layer_of
-from .shadow import shadowed
 from .site import Link
+from .stand_in import shadowed
 
 
 class SavedModule(Adapter):
