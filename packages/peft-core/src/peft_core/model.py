@@ -82,6 +82,10 @@ class PeftModel:
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's forward. `adapter_names` chooses an adapter for each row of the batch.
 
+        Adapted layers must see the rows in the batch's order: in their first dimension, or flattened together with the
+        positions. A layer that is called on gathered tokens (a router written by hand) or on sequence-first tensors
+        sees them in another order, and that cannot be told where the number of names divides the size.
+
         Raises `RequestError` where the names do not fit the batch or a method cannot be chosen per row.
         """
         forward = super().__call__  # type: ignore[misc]

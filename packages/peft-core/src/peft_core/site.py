@@ -5,7 +5,9 @@ This is the hot path. It runs no hook, copies nothing, and costs one dictionary 
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,7 +54,7 @@ class Site(nn.Module):
         self._routing = routing
         self._layer = layer
         self._chains: dict[str, tuple[Adapter, ...]] = {}
-        self._input = _first_input(layer.module)
+        self._input = _first_input(type(layer.module).forward)
         self.training = layer.module.training
 
     # -- adapters by name ----------------------------------------------------------------------------------------
@@ -184,9 +186,10 @@ class Site(nn.Module):
         return f"adapters={list(self._chains)}"
 
 
-def _first_input(module: nn.Module) -> str:
-    """The name of the first argument of the module's forward, where it may be given by position."""
-    first = next(iter(inspect.signature(module.forward).parameters.values()), None)
+@functools.cache
+def _first_input(forward: Callable[..., Any]) -> str:
+    """The name of the first argument of a class's forward, where it may be given by position."""
+    first = next(iter(list(inspect.signature(forward).parameters.values())[1:]), None)
     return first.name if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD else ""
 
 
