@@ -12,16 +12,10 @@ from .config import AdapterConfig
 from .errors import AdapterNameError, MergeError
 from .inject import attach, detach
 from .planning import Draft, draft
-from .records import AdapterRecord, PeftState
+from .records import AdapterRecord, PeftState, state_of
 from .subclass import adapted_class, base_class, remember_checkpoints
 from .transaction import Undo
 from .tree import Tree, walk
-
-
-def state_of(model: nn.Module) -> PeftState | None:
-    """What the model knows about its adapters, or None for a model that never had any."""
-    state: PeftState | None = model.__dict__.get("_peft")
-    return state
 
 
 def checked_draft(model: nn.Module, name: str, config: AdapterConfig, float32: bool, revision: str | None) -> Draft:

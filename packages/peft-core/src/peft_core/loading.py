@@ -17,12 +17,12 @@ from .config import AdapterConfig
 from .errors import AdapterNameError, CheckpointError, CheckpointMismatchError
 from .hook_results import call_extensions
 from .layers import SiteRequest
-from .lifecycle import install, require_unmerged, state_of
+from .lifecycle import install, require_unmerged
 from .locating import WEIGHTS
 from .matching import PREFIX, LoadReport, match
 from .methods import Method, load_method
 from .planning import META, Draft, build, draft
-from .records import AdapterRecord
+from .records import AdapterRecord, state_of
 from .transaction import Undo
 
 

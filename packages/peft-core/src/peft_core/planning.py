@@ -19,7 +19,7 @@ from .config import AdapterConfig, TargetedConfig
 from .errors import PeftError, TargetError
 from .layers import BaseLayer, SiteRequest, layer_of
 from .methods import Method, load_method
-from .records import AdapterRecord, PeftState
+from .records import AdapterRecord, PeftState, state_of
 from .saved_modules import SavedModule, saved_module_requests
 from .targets import Selection, select
 from .tree import Tree, walk
@@ -69,7 +69,7 @@ def draft(
     """
     method = method or load_method(config.peft_type)
     tree = walk(model)
-    state: PeftState | None = model.__dict__.get("_peft")
+    state = state_of(model)
     for path, site in tree.sites.items():
         if state is None or site._routing is not state.routing:
             raise TargetError(

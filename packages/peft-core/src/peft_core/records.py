@@ -95,3 +95,9 @@ class PeftState:
                 f"no adapter {name!r} on this model; it has {known or 'none'}.{hint} "
                 "Add one with add_adapter(name, config) or load_adapter(path, name)."
             ) from None
+
+
+def state_of(model: nn.Module) -> PeftState | None:
+    """What the model knows about its adapters, or None for a model that never had any."""
+    state: PeftState | None = model.__dict__.get("_peft")
+    return state
