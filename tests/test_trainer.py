@@ -14,10 +14,10 @@ from tests.trainer_scenarios import SCENARIOS, strict_warnings
 
 START = """
 import pathlib, site, sys
-packages, tests, scratch = sys.argv[1:]
+packages, root, scratch = sys.argv[1:]
 site.addsitedir(packages)  # not only a path: packages installed in place have .pth files there
-sys.path.append(tests)
-import trainer_scenarios
+sys.path.insert(0, root)
+from tests import trainer_scenarios
 trainer_scenarios.main(pathlib.Path(scratch))
 """
 
@@ -44,7 +44,7 @@ def without_peft(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | No
     scratch = tmp_path_factory.mktemp("scratch")
     done = subprocess.run(
         # Isolated, and without the site-packages of this interpreter.
-        [sys.executable, "-S", "-I", "-c", START, str(packages), str(Path(__file__).parent), str(scratch)],
+        [sys.executable, "-S", "-I", "-c", START, str(packages), str(Path(__file__).parents[1]), str(scratch)],
         capture_output=True,
         text=True,
         timeout=600,

@@ -14,57 +14,37 @@ VOCABULARY, WIDTH = 32, 16
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "t5": ["q", "v"], "bert": ["query", "value"]}
 
 
-def make(kind: str, seed: int = 0, **fields: Any) -> Any:
-    """A model in eval mode, its dropout off."""
+CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+    "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
+    "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
+}
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": WIDTH, "intermediate_size": 24}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {**LAYERS, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0}
+    | {"bos_token_id": 1, "eos_token_id": 2},
+    "gpt2": {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64, "pad_token_id": 0}
+    | {"bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "t5": {"d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    | {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
+    # The fused kernels differ in the last bit, and which one runs depends on whether biases train.
+    | {"attn_implementation": "eager"},
+    "bert": {**LAYERS, "max_position_embeddings": 64, "num_labels": 3}
+    | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+
+
+def fresh(kind: str, seed: int = 0, **fields: Any) -> Any:
+    """A model as its class makes it, its dropout off unless `fields` say otherwise."""
     torch.manual_seed(seed)
-    tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    if kind == "llama":
-        config: Any = transformers.LlamaConfig(
-            **tokens,
-            hidden_size=WIDTH,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-            **fields,
-        )
-        model: Any = transformers.LlamaForCausalLM(config)
-    elif kind == "gpt2":
-        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = transformers.GPT2Config(**tokens, n_embd=WIDTH, n_layer=2, n_head=2, n_positions=64, **off, **fields)
-        model = transformers.GPT2LMHeadModel(config)
-    elif kind == "t5":
-        config = transformers.T5Config(
-            vocab_size=VOCABULARY,
-            d_model=WIDTH,
-            d_kv=8,
-            d_ff=24,
-            num_layers=2,
-            num_heads=2,
-            dropout_rate=0.0,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            eos_token_id=2,
-            # The fused kernels differ in the last bit, and which one runs depends on whether biases train.
-            attn_implementation="eager",
-            **fields,
-        )
-        model = transformers.T5ForConditionalGeneration(config)
-    else:
-        config = transformers.BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            num_labels=3,
-            **fields,
-        )
-        model = transformers.BertForSequenceClassification(config)
+    config_class, model_class = CLASSES[kind]
+    return model_class(config_class(**{"vocab_size": VOCABULARY, **SETTINGS[kind], **fields}))
+
+
+def make(kind: str, seed: int = 0, **fields: Any) -> Any:
+    """A model in eval mode that tells tokens apart."""
+    model = fresh(kind, seed, **fields)
     with torch.no_grad():  # the customary deviation of 0.02 leaves every token about as likely as the others
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_core import CheckpointError, PeftModel, get_peft_model, get_peft_model_state_dict, load_method
+from tests.tiny_transformers import VOCABULARY, fresh
 
 State = dict[str, Tensor]
 SCENARIOS: dict[str, Callable[[Path], None]] = {}
 
-VOCABULARY, WIDTH, LENGTH = 32, 16, 6
+LENGTH = 6
 
 # What a checkpoint holds beside the adapter: Trainer's own files.
 TRAINERS_FILES = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
@@ -42,37 +42,11 @@ def scenario(function: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def llama(dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        attention_dropout=dropout,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config)
+    return fresh("llama", attention_dropout=dropout)
 
 
 def bert(dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        num_labels=3,
-    )
-    return transformers.BertForSequenceClassification(config)
+    return fresh("bert", hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
 
 
 def lora(**fields: Any) -> Any:
