@@ -17,6 +17,7 @@ from torch import nn
 from peft_core import (
     Adapter,
     AdapterConfig,
+    AdapterState,
     BaseLayer,
     MethodClashError,
     MethodContractError,
@@ -178,6 +179,8 @@ REQUEST = SiteRequest("a.b")
 TENSORS = {"weight": torch.zeros(1)}
 CONFIG = AdapterConfig()
 LAYER = BaseLayer.__new__(BaseLayer)
+STATE = AdapterState(CONFIG, {"a.b": TENSORS})
+GROUPS = [{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.2}]
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "peft_config": {},
     "peft_match": {"config": None, "path": "a", "module": None, "model": None},
@@ -185,11 +188,25 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "peft_sites": {"config": None, "model": None, "matched": ()},
     "peft_prepare": {"model": None, "name": "x", "config": None, "layers": [], "shared": None, "trusted": True},
     "peft_build": {"config": None, "layer": None, "shared": None, "model": None, "tensors": None},
-    "peft_merge": {"config": None, "adapter": ADAPTER, "params": TENSORS},
+    "peft_merge": {"config": None, "adapter": ADAPTER, "params": TENSORS, "arguments": {}},
+    "peft_calibrate": {"model": None, "name": "x", "config": None, "layers": [], "batches": None},
+    "peft_combine": {"model": None, "name": "x", "sources": [], "how": "sum", "config": None, "options": {}},
+    "peft_step": {
+        "model": None,
+        "name": "x",
+        "config": None,
+        "adapters": {},
+        "shared": None,
+        "event": "before",
+        "step": 0,
+        "optimizer": None,
+    },
+    "peft_param_groups": {"config": None, "parameters": {}, "lr": 0.1, "weight_decay": 0.0},
     "peft_state_key": {"config": None, "key": "a"},
     "peft_layer": {"path": "a", "module": None},
     "peft_architectures": {},
-    "peft_checkpoint": {"path": Path("a")},
+    "peft_checkpoint": {"path": Path("a"), "model": None},
+    "peft_export": {"save_format": "acme", "path": Path("a"), "config": {}, "tensors": {}, "model": None},
 }
 RIGHT: list[tuple[str, Any, Any]] = [
     ("peft_match", True, True),
@@ -203,10 +220,19 @@ RIGHT: list[tuple[str, Any, Any]] = [
     ("peft_build", ADAPTER, ADAPTER),
     ("peft_merge", TENSORS, TENSORS),
     ("peft_state_key", "b", "b"),
+    ("peft_calibrate", STATE, STATE),
+    ("peft_calibrate", None, None),
+    ("peft_combine", STATE, STATE),
+    ("peft_combine", None, None),
+    ("peft_step", None, None),
+    ("peft_param_groups", GROUPS, GROUPS),
+    ("peft_param_groups", None, None),
     ("peft_layer", LAYER, LAYER),
     ("peft_layer", None, None),
     ("peft_architectures", {"acme": {"query": ["q"]}}, [{"acme": {"query": ["q"]}}]),
     ("peft_checkpoint", ({}, TENSORS), ({}, TENSORS)),
+    ("peft_export", True, True),
+    ("peft_export", None, None),
 ]
 WRONG: list[tuple[str, Any, str]] = [
     ("peft_match", re.match("a", "a"), "a re.Match"),
@@ -223,11 +249,19 @@ WRONG: list[tuple[str, Any, str]] = [
     ("peft_merge", {"weight": 1.0}, "a dict that starts with 'weight': 1.0 (float)"),
     ("peft_state_key", ["a"], "a list that starts with 'a'"),
     ("peft_state_key", "", "'' (str)"),
+    ("peft_calibrate", {"lora_A": TENSORS}, "a dict that starts with 'lora_A': a dict"),
+    ("peft_calibrate", AdapterState(CONFIG, {"a": {"u": 1.0}}), "AdapterState"),
+    ("peft_combine", CONFIG, "AdapterConfig"),
+    ("peft_step", 1.0, "1.0 (float)"),
+    ("peft_param_groups", {"params": []}, "a dict that starts with 'params'"),
+    ("peft_param_groups", [{"params": [torch.zeros(1)]}], "a list that starts with a dict"),
     ("peft_layer", nn.Linear(1, 1), "Linear"),
     ("peft_architectures", {"acme": {"query": "q"}}, "a dict that starts with 'acme'"),
     ("peft_architectures", [("acme", {})], "a list that starts with a tuple"),
     ("peft_checkpoint", {}, "a builtins.dict"),
     ("peft_checkpoint", ({}, {"weight": 1}), "a tuple that starts with"),
+    ("peft_export", "acme.bin", "'acme.bin' (str)"),
+    ("peft_export", False, "False (bool)"),
 ]
 
 
@@ -279,6 +313,18 @@ def test_an_exception_of_a_plugin_says_whose_it_is() -> None:
         call(method, "peft_build", **ARGUMENTS["peft_build"])
     notes = "Raised in peft_build, called for the method 'acme' (registered at run time, acme_module)."
     assert caught.value.__notes__ == [notes]
+    layer = BaseLayer(nn.Linear(2, 2), "blocks.0.up")
+    with pytest.raises(KeyError) as caught:
+        call(method, "peft_build", **{**ARGUMENTS["peft_build"], "layer": layer})
+    assert caught.value.__notes__ == [notes.replace("peft_build,", "peft_build at blocks.0.up,")]
+
+
+def test_a_wrong_result_says_where_it_was_asked() -> None:
+    method = register_method(plugin())
+    layer = BaseLayer(nn.Linear(2, 2), "blocks.0.up")
+    with pytest.raises(MethodContractError) as caught:
+        call(method, "peft_build", **{**ARGUMENTS["peft_build"], "layer": layer})
+    assert caught.value.__notes__ == ["It was asked at blocks.0.up."]
 
 
 # -- extensions ---------------------------------------------------------------------------------------------

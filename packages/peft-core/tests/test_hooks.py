@@ -13,12 +13,18 @@ from torch import nn
 from toys import GainAdapter, GainConfig, SumAdapter, SumConfig, digest, net, plugin, randomise
 
 from peft_core import (
+    AdapterState,
     BaseLayer,
+    CheckpointError,
+    CombineError,
+    ConfigError,
     LinearLayer,
+    MethodContractError,
     PeftError,
     PeftModel,
     SiteRequest,
     TargetError,
+    drive,
     get_peft_model,
     get_peft_model_state_dict,
     hookimpl,
@@ -243,3 +249,169 @@ def test_hook_peft_checkpoint(method, extension, tmp_path):
     extension(peft_checkpoint=lambda path: content if path.suffix == ".theirs" else None)
     (tmp_path / "adapter.theirs").touch()
     torch.testing.assert_close(PeftModel.from_pretrained(net(), tmp_path / "adapter.theirs")(IDS), model(IDS))
+
+
+def test_hook_peft_export(method, extension, tmp_path):
+    def peft_export(save_format, path, config, tensors):
+        if save_format == "theirs":
+            path.mkdir(parents=True)
+            torch.save({"config": config, "tensors": dict(tensors)}, path / "adapter.theirs")
+            return True
+        return None
+
+    model = get_peft_model(net(), method()(target_modules=["up"]))
+    randomise(model)
+    extension(peft_export=peft_export)
+    model.save_pretrained(tmp_path / "out", save_format="theirs")
+    written = torch.load(tmp_path / "out" / "adapter.theirs")
+    assert written["config"]["peft_type"] == "TOYSUM"
+    expected = get_peft_model_state_dict(model)
+    assert written["tensors"].keys() == expected.keys()
+    assert all(torch.equal(written["tensors"][key], expected[key]) for key in expected)
+    with pytest.raises(CheckpointError, match="no installed extension writes the format 'ours'"):
+        model.save_pretrained(tmp_path / "other", save_format="ours")
+    assert not (tmp_path / "other").exists()
+
+
+def test_hook_peft_calibrate(method):
+    def peft_calibrate(config, layers, batches):
+        """Points v along the mean input, and leaves out the layers whose input is small."""
+        sums = {}
+        for seen in batches.inputs(layers):
+            for path, x in seen.items():
+                sums[path] = sums.get(path, 0) + x.flatten(0, -2).sum(0)
+        kept = [path for path in sums if path.endswith("up")]
+        return AdapterState(config.resolve(target_modules=kept), {path: {"v": sums[path]} for path in kept})
+
+    config_class = method(peft_calibrate=peft_calibrate)
+    base = net().train()
+    before, mode = digest(base), [module.training for module in base.modules()]
+    seen = []
+    base.layers[0].up.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model = get_peft_model(base, config_class(target_modules=["up", "down"]), calibration=[IDS, (IDS,)])
+    assert list(model._peft.sites) == ["layers.0.up", "layers.1.up"]
+    assert sorted(model.peft_config["default"].target_modules) == ["layers.0.up", "layers.1.up"]
+    expected = (2 * seen[0]).flatten(0, -2).sum(0)
+    torch.testing.assert_close(model.layers[0].up.of("default")[""].v.detach(), expected)
+    assert not model.layers[0].up.of("default")[""].u.any()  # not given, so its usual start
+    assert [module.training for module in model.unload().modules()] == mode
+    assert digest(base) == before
+
+    for path, message in (("layers.0.up", "has shape"), ("head", "does not select it")):
+        tensors = {path: {"v": torch.zeros(3)}}
+        config = method(peft_calibrate=lambda config, t=tensors: AdapterState(config, t))(target_modules=["up"])
+        with pytest.raises(TargetError, match=message):
+            get_peft_model(base, config, calibration=[])
+    with pytest.raises(ConfigError, match="does not start from data"):
+        get_peft_model(base, method()(target_modules=["up"]), calibration=[IDS])
+    assert digest(base) == before
+
+
+def test_hook_peft_combine(method):
+    def peft_combine(sources, how, options):
+        if how != "sum":
+            return None
+        sign = options.get("sign", 1)
+        tensors = {
+            path: {
+                "u": sign * sum(source.weight * source.adapters[path].u for source in sources),
+                "v": sources[0].adapters[path].v,
+            }
+            for path in sources[0].adapters
+        }
+        return AdapterState(sources[0].config, tensors)
+
+    model = get_peft_model(net(), method(peft_combine=peft_combine)(target_modules=["up"]), "a")
+    model.add_adapter("b", model.peft_config["a"])
+    for seed, name in enumerate("ab"):
+        randomise(model, name, seed=seed)
+    before = digest(model)
+    for refused, message in [
+        ({"combination_type": "product"}, "cannot be combined by 'product'"),
+        ({"adapters": [], "weights": []}, "needs adapters"),
+        ({"weights": [1.0]}, "as many finite weights"),
+        ({"weights": [1.0, float("nan")]}, "finite weights"),
+    ]:
+        given = {
+            "adapters": ["a", "b"],
+            "weights": [1.0, 2.0],
+            "adapter_name": "c",
+            "combination_type": "sum",
+        } | refused
+        with pytest.raises(CombineError, match=message):
+            model.add_weighted_adapter(**given)
+    assert digest(model) == before
+    model.add_weighted_adapter(["a", "b"], [1.0, 2.0], "c", "sum", sign=-1)
+    site = model.layers[0].up
+    torch.testing.assert_close(site.of("c")[""].u, -(site.of("a")[""].u + 2 * site.of("b")[""].u))
+    assert model.active_adapters == ["a"] and not site.of("c")[""].u.requires_grad
+
+
+def test_hook_peft_step(method):
+    seen = []
+
+    def peft_step(name, adapters, event, step, optimizer):
+        gradients = {path: adapter.u.grad is not None for path, adapter in adapters.items()}
+        seen.append((name, event, step, gradients))
+        with torch.no_grad():
+            if event == "before":  # a gradient transform, and then a projection of the parameters
+                adapters["layers.0.up"].u.grad.zero_()
+            else:
+                adapters["layers.1.up"].u.clamp_(-1e-3, 1e-3)
+
+    model = get_peft_model(net(), method(peft_step=peft_step)(target_modules=["up"]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    bond = drive(model, optimizer, step=7)
+    start = model.layers[0].up.of("default")[""].u.detach().clone()
+    for _ in range(2):  # two batches accumulated are one event
+        model(IDS).square().sum().backward()
+    optimizer.step()
+    there = {"layers.0.up": True, "layers.1.up": True}
+    assert seen == [("default", "before", 7, there), ("default", "after", 7, there)]
+    assert torch.equal(model.layers[0].up.of("default")[""].u, start)
+    assert 0 < model.layers[1].up.of("default")[""].u.abs().max() <= 1e-3
+    optimizer.step()
+    assert seen[-1][2] == 8 and bond.step == 9
+    drive(model, optimizer)  # once more: not twice the events
+    optimizer.step()
+    assert [entry[1:3] for entry in seen[4:]] == [("before", 0), ("after", 0)]
+    model.set_adapter("default", inference_mode=True)
+    with model.disable_adapter():
+        optimizer.step()
+    drive(model, optimizer).remove()
+    count = len(seen)
+    optimizer.step()
+    assert len(seen) == count
+    with pytest.raises(PeftError, match="needs a torch.optim.Optimizer"):
+        drive(model, object())
+
+
+def test_hook_peft_param_groups(method):
+    def peft_param_groups(parameters, lr):
+        up = [p for name, p in parameters.items() if name.endswith(".u")]
+        rest = [p for name, p in parameters.items() if not name.endswith(".u")]
+        return [{"params": up, "lr": 16 * lr}, {"params": rest}]
+
+    model = get_peft_model(net(), method(peft_param_groups=peft_param_groups)(target_modules=["up"]))
+    model.classifier.weight.requires_grad_(True)  # the user's own wish
+    groups = model.parameter_groups(0.1, weight_decay=0.5)
+    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [
+        (1.6, 0.5, 2),
+        (0.1, 0.5, 2),
+        (0.1, 0.5, 1),
+    ]
+    assert {id(p) for group in groups for p in group["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
+    torch.optim.AdamW(groups)
+
+    plain = get_peft_model(net(), method()(target_modules=["up"]))
+    assert [len(group["params"]) for group in plain.parameter_groups(0.1)] == [4]
+    for wrong in (
+        lambda parameters: [{"params": list(parameters.values())[1:]}],
+        lambda parameters: [{"params": list(parameters.values())}, {"params": list(parameters.values())[:1]}],
+        lambda parameters: [{"params": [*parameters.values(), nn.Parameter(torch.zeros(1))]}],
+    ):
+        model = get_peft_model(net(), method(peft_param_groups=wrong)(target_modules=["up"]))
+        with pytest.raises(MethodContractError, match="do not hold each tensor of adapter 'default' once"):
+            model.parameter_groups(0.1)

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from .backbones import backbone_sites
+    from .banks import Seeded
+    from .calibration import Batches
+    from .calls import Call
+    from .combining import CombineSource
     from .config import AdapterConfig, PeftConfig, TargetedConfig
     from .discovery import refresh
     from .errors import (
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
         AdapterNotFoundError,
         CheckpointError,
         CheckpointMismatchError,
+        CombineError,
         ConfigError,
         MergeError,
         MethodClashError,
@@ -59,8 +65,12 @@ if TYPE_CHECKING:
         unregister_method,
     )
     from .model import PeftModel, get_peft_model
-    from .planning import Plan, plan
+    from .planned import Plan, plan
+    from .prompts import EncoderMask, PromptAdapter
+    from .records import AdapterState
+    from .site import Link
     from .tasks import TaskType
+    from .training import Drive, drive
 
     __version__: str
 
@@ -69,6 +79,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterNameError",
     "AdapterNotFoundError",
+    "AdapterState",
     "AttentionLayer",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -78,13 +89,20 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BaseLayer",
+    "Batches",
+    "Call",
     "CheckpointError",
     "CheckpointMismatchError",
+    "CombineError",
+    "CombineSource",
     "ConfigError",
     "ConvLayer",
     "DeltaAdapter",
+    "Drive",
     "EmbeddingLayer",
+    "EncoderMask",
     "LinearLayer",
+    "Link",
     "MergeError",
     "Method",
     "MethodClashError",
@@ -99,7 +117,9 @@ __all__ = [
     "PeftError",
     "PeftModel",
     "Plan",
+    "PromptAdapter",
     "RequestError",
+    "Seeded",
     "SiteRequest",
     "TargetError",
     "TargetedConfig",
@@ -108,6 +128,8 @@ __all__ = [
     "__version__",
     "as_compute",
     "available_methods",
+    "backbone_sites",
+    "drive",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -137,6 +159,15 @@ _NAMES = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
+    "backbones": ("backbone_sites",),
+    "prompts": ("EncoderMask", "PromptAdapter"),
+    "records": ("AdapterState",),
+    "calibration": ("Batches",),
+    "calls": ("Call",),
+    "combining": ("CombineSource",),
+    "banks": ("Seeded",),
+    "training": ("Drive", "drive"),
+    "site": ("Link",),
     "config": ("AdapterConfig", "PeftConfig", "TargetedConfig"),
     "discovery": ("refresh",),
     "errors": (
@@ -144,6 +175,7 @@ _NAMES = {
         "AdapterNotFoundError",
         "CheckpointError",
         "CheckpointMismatchError",
+        "CombineError",
         "ConfigError",
         "MergeError",
         "MethodClashError",
@@ -177,7 +209,7 @@ _NAMES = {
         "unregister_method",
     ),
     "model": ("PeftModel", "get_peft_model"),
-    "planning": ("Plan", "plan"),
+    "planned": ("Plan", "plan"),
     "tasks": ("TaskType",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

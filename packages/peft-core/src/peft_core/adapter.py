@@ -8,7 +8,7 @@ Classes are abstract or final: concrete adapters do not inherit from one another
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -33,6 +33,12 @@ class Adapter(nn.Module):
     starts_as_base: bool = True
     """Whether the start leaves the base's function unchanged; set on the instance where it depends on the config."""
 
+    uses_call: ClassVar[bool] = False
+    """Whether `forward` reads `base.call`, the facts of the model's running call; see `peft_core.Call`."""
+
+    merge_is_approximate: str = ""
+    """Why the merged weights do not compute quite what the adapter does; empty where they do. Merging then warns."""
+
     additive: bool = False
     """Whether the site may add the delta itself, past `forward`; the core sets it."""
 
@@ -49,6 +55,24 @@ class Adapter(nn.Module):
     def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
         """Wrap the next callable. `base(*args, **kwargs)` runs everything below this adapter."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(base, *args, **kwargs)")
+
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Any], index: Tensor, base: Link, *args: Any, **kwargs: Any) -> Any:
+        """All rows of a batch in one computation, each with an adapter of its own.
+
+        Optional: a faster form of what the core does by splitting the batch. `adapters` are of this class, `index`
+        (rows,) says which of them each row uses, -1 for none; `base` is the bare layer. Return `NotImplemented`
+        where these adapters cannot be batched (unequal ranks, say).
+        """
+        return NotImplemented
+
+    def losses(self) -> Mapping[str, Tensor]:
+        """Scalar terms of the loss that depend on the adapter's tensors alone, by name.
+
+        In training the core sums them over the sites of the active adapters and adds them to the model's loss. A
+        term that depends on activations is added in `forward` with `base.call.add_loss`.
+        """
+        return {}
 
     def merge(self, params: Params) -> Params:
         """Weights with which the bare layer computes what layer and adapter compute. Must not write in place."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import files
 from .adapter_file import (
@@ -27,6 +27,7 @@ from .adapter_file import (
     named,
 )
 from .errors import CheckpointError, PeftError
+from .hook_results import call_extensions
 from .layout import collect
 from .locating import CONFIG, WEIGHTS, is_pickle, located, no_adapter
 from .plain_data import dump_json, parse_json, read_json
@@ -104,6 +105,23 @@ def save(
             f"{target}: the adapter {record.name!r} could not be saved: {error}. What was there before is still whole, "
             "or the new checkpoint is; make room or choose a directory that can be written, and save again."
         ) from error
+
+
+def export(save_format: str, directory: Path, record: AdapterRecord, model: nn.Module) -> None:
+    """Let an extension write an adapter in a format of its own.
+
+    Raises `CheckpointError` where no installed extension knows the format, or a tensor cannot be written.
+    """
+    tensors = {key: _storable(record.name, key, tensor) for key, tensor in collect(record).items()}
+    data = record.config.to_dict(inference_mode=True)
+    written = call_extensions(
+        "peft_export", save_format=save_format, path=directory, config=data, tensors=tensors, model=model
+    )
+    if not written:
+        raise CheckpointError(
+            f"no installed extension writes the format {save_format!r}, so nothing was written; install one that does, "
+            "or leave save_format out for this library's own files"
+        )
 
 
 def _storable(name: str, key: str, tensor: Tensor) -> Tensor:

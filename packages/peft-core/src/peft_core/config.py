@@ -65,6 +65,9 @@ class AdapterConfig(BaseModel):
     # Fields left out of files while they have their default: ours, unknown to other readers.
     written_if_set: ClassVar[Set[str]] = frozenset()
 
+    # Arguments of a forward or a generate that are meant for the method: the model itself never sees them.
+    request_arguments: ClassVar[tuple[str, ...]] = ()
+
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -99,6 +102,10 @@ class AdapterConfig(BaseModel):
                 f"unknown task type; the known ones are {', '.join(TASK_TYPES)}." + did_you_mean(value, TASK_TYPES)
             )
         return value
+
+    def refers_to(self) -> Sequence[str]:
+        """Names of other adapters of the model that this one is made of: they must be there, and stay."""
+        return ()
 
     def resolve(self: SelfConfig, **updates: Any) -> SelfConfig:
         """Return a validated copy with `updates`; `self` stays as it is. Raises `ConfigError`."""

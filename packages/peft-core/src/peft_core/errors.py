@@ -62,6 +62,10 @@ class MergeError(PeftError, RuntimeError):
     """Adapters cannot be merged into, or taken out of, the base weights."""
 
 
+class CombineError(PeftError, ValueError):
+    """Adapters cannot be combined into a new one."""
+
+
 class CheckpointError(PeftError):
     """An adapter checkpoint cannot be written or read."""
 

@@ -9,18 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import MethodContractError, PeftError
+from .errors import MethodContractError
 from .suggest import shown
 
 if TYPE_CHECKING:
     from .methods import Method
 
 
+SILENT = ("peft_prepare", "peft_step")
+"""Hooks that return nothing."""
+
+
 def call(method: Method, hook_name: str, **kwargs: Any) -> Any:
     """Call a hook of one method, the wrappers of extensions included, and return the checked result.
 
-    `peft_sites` gives one flat list and `peft_prepare` gives None; every other hook gives its single result.
-    An exception of the plugin passes through as it is, with a note that names the plugin and the hook.
+    `peft_sites` gives one flat list and the hooks in `SILENT` give None; every other hook gives its single result.
+    An exception of the plugin passes through as it is, with a note that names the plugin, the hook, and the site.
 
     Raises:
         MethodContractError: the result is not of the promised type.
@@ -30,12 +34,16 @@ def call(method: Method, hook_name: str, **kwargs: Any) -> Any:
     extensions.wrap(method.manager)
     try:
         result = getattr(method.hook, hook_name)(**kwargs)
-    except PeftError:
-        raise
     except Exception as error:
-        _note(error, f"Raised in {hook_name}, called for the {method.label}.")
+        _note(error, f"Raised in {hook_name}{_at(kwargs)}, called for the {method.label}.")
         raise
-    return check_result(hook_name, result, method.label, wrapped_by=extensions.wrapping(hook_name))
+    wrapped_by = extensions.wrapping(hook_name)
+    try:
+        return check_result(hook_name, result, method.label, wrapped_by=wrapped_by)
+    except MethodContractError as error:
+        if at := _at(kwargs):
+            _note(error, f"It was asked{at}.")
+        raise
 
 
 def call_extensions(hook_name: str, **kwargs: Any) -> Any:
@@ -49,10 +57,9 @@ def call_extensions(hook_name: str, **kwargs: Any) -> Any:
 
     try:
         result = getattr(extensions.hook, hook_name)(**kwargs)
-    except PeftError:
-        raise
     except Exception as error:
-        _note(error, f"Raised in {hook_name}, asked of the extensions: {', '.join(extensions.names())}.")
+        asked = ", ".join(extensions.names())
+        _note(error, f"Raised in {hook_name}{_at(kwargs)}, asked of the extensions: {asked}.")
         raise
     try:
         return check_result(hook_name, result, "installed extensions")
@@ -63,6 +70,13 @@ def call_extensions(hook_name: str, **kwargs: Any) -> Any:
         raise
 
 
+def _at(kwargs: Mapping[str, Any]) -> str:
+    """The site that a hook was asked about, for messages."""
+    layer = getattr(kwargs.get("adapter"), "layer", kwargs.get("layer"))
+    path = kwargs.get("path") if layer is None else layer.path
+    return f" at {str(path) or 'the model itself'}" if path is not None else ""
+
+
 def _note(error: Exception, text: str) -> None:
     if hasattr(error, "add_note"):  # Python 3.11
         error.add_note(text)
@@ -71,7 +85,7 @@ def _note(error: Exception, text: str) -> None:
 def check_result(hook_name: str, result: Any, label: str, wrapped_by: str = "") -> Any:
     """Return `result`, flattened where the specification says so, if it is what `hook_name` promises."""
     promise, accept = CHECKS[hook_name]
-    if hook_name in ("peft_sites", "peft_prepare", "peft_architectures"):
+    if hook_name in (*SILENT, "peft_sites", "peft_architectures"):
         wrong = [item for item in result if not accept(item)]
     else:
         wrong = [] if accept(result) else [result]
@@ -82,7 +96,7 @@ def check_result(hook_name: str, result: Any, label: str, wrapped_by: str = "") 
         )
     if hook_name == "peft_sites":
         return [request for requests in result for request in requests]
-    return None if hook_name == "peft_prepare" else result
+    return None if hook_name in SILENT else result
 
 
 def _described(value: object) -> str:
@@ -123,6 +137,34 @@ def _is_adapter(value: object) -> bool:
     from .adapter import Adapter
 
     return isinstance(value, Adapter)
+
+
+def _is_state(value: object) -> bool:
+    from .records import AdapterState
+
+    if value is None:
+        return True
+    return (
+        isinstance(value, AdapterState)
+        and _is_config_object(value.config)
+        and isinstance(value.tensors, Mapping)
+        and all(isinstance(path, str) and _is_tensors(dict(found)) for path, found in value.tensors.items())
+        and _is_tensors(dict(value.shared))
+    )
+
+
+def _is_groups(value: object) -> bool:
+    from torch import nn
+
+    return value is None or (
+        isinstance(value, list)
+        and all(
+            isinstance(group, dict)
+            and isinstance(group.get("params"), list)
+            and all(isinstance(parameter, nn.Parameter) for parameter in group["params"])
+            for group in value
+        )
+    )
 
 
 def _is_layer(value: object) -> bool:
@@ -167,7 +209,12 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "peft_build": ("an instance of peft_core.Adapter", _is_adapter),
     "peft_merge": ("a dict of tensors by parameter name", _is_tensors),
     "peft_state_key": ("a non-empty string", lambda v: isinstance(v, str) and bool(v)),
+    "peft_calibrate": ("a peft_core.AdapterState (config and tensors), or None", _is_state),
+    "peft_combine": ("a peft_core.AdapterState (config and tensors), or None", _is_state),
+    "peft_step": ("nothing", lambda v: v is None),
+    "peft_param_groups": ("a list of dicts that each have a list `params`, or None", _is_groups),
     "peft_layer": ("an instance of peft_core.BaseLayer, or None if the module is not its own", _is_layer),
     "peft_architectures": ("a mapping {model_type: {role: [module names]}}", _is_roles),
     "peft_checkpoint": ("a tuple (config dict, dict of tensors by key), or None", _is_checkpoint),
+    "peft_export": ("True where it wrote the files, or None", lambda v: v is None or v is True),
 }

@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from .adapter import Adapter
+    from .calibration import Batches
+    from .combining import CombineSource
     from .config import AdapterConfig
     from .layers import BaseLayer, SiteRequest
+    from .records import AdapterState
 
 PROJECT = "peft_core"
 
@@ -89,13 +93,67 @@ class MethodSpecs:
 
     @hookspec(firstresult=True)
     def peft_merge(  # type: ignore[empty-body]
-        self, config: AdapterConfig, adapter: Adapter, params: dict[str, Tensor]
+        self, config: AdapterConfig, adapter: Adapter, params: dict[str, Tensor], arguments: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        """Return the weights that make the bare base layer compute what base and adapter compute together."""
+        """Return the weights that make the bare base layer compute what base and adapter compute together.
+
+        `arguments` are request arguments given to the merge: the case that the merged weights are for.
+        """
 
     @hookspec(firstresult=True)
     def peft_state_key(self, config: AdapterConfig, key: str) -> str:  # type: ignore[empty-body]
         """Map a slot of an adapter to its key in the file, one to one; the core inverts it for loading."""
+
+    @hookspec(firstresult=True)
+    def peft_calibrate(
+        self, model: nn.Module, name: str, config: AdapterConfig, layers: Sequence[BaseLayer], batches: Batches
+    ) -> AdapterState | None:
+        """Look at data before the adapters are built; return a config and starting values.
+
+        Called where the user gave batches. A config that selects other sites, or gives them other sizes, is what is
+        built and saved. None: nothing to say about these sites.
+        """
+
+    @hookspec(firstresult=True)
+    def peft_combine(
+        self,
+        model: nn.Module,
+        name: str,
+        sources: Sequence[CombineSource],
+        how: str,
+        config: AdapterConfig | None,
+        options: Mapping[str, Any],
+    ) -> AdapterState | None:
+        """Return the config and the tensors of an adapter made of `sources`; None for an unknown `how`.
+
+        `config` is the new adapter's where the user gave one. Raise a `CombineError` where these adapters do not fit.
+        """
+
+    @hookspec
+    def peft_step(
+        self,
+        model: nn.Module,
+        name: str,
+        config: AdapterConfig,
+        adapters: Mapping[str, Adapter],
+        shared: nn.Module,
+        event: str,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Act at a step of the optimizer (0-based): `event` is "before" it, gradients being present, or "after" it.
+
+        Gradients may be changed in place before, tensors after.
+        """
+
+    @hookspec(firstresult=True)
+    def peft_param_groups(
+        self, config: AdapterConfig, parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float
+    ) -> list[dict[str, Any]] | None:
+        """Return an optimizer's parameter groups, each tensor of `parameters` in one of them; None for a single group.
+
+        Names are the site's path, a dot, and the tensor's name; a group without `lr` or `weight_decay` has the given.
+        """
 
 
 class ExtensionSpecs:
@@ -110,5 +168,14 @@ class ExtensionSpecs:
         """Return the roles of model types: `{model_type: {role: module names}}`."""
 
     @hookspec(firstresult=True)
-    def peft_checkpoint(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def peft_checkpoint(self, path: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Read a foreign checkpoint as (config dict, tensors in the library's own keys), or None."""
+
+    @hookspec(firstresult=True)
+    def peft_export(
+        self, save_format: str, path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
+    ) -> bool | None:
+        """Write an adapter (its config and tensors as in the library's own files) in a foreign format into a directory.
+
+        Return True where it was written, None for a format that is not yours.
+        """

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from .errors import TargetError
 from .layers import BaseLayer, SiteRequest
 from .planning import Draft, view
 from .records import PeftState
+from .root import RootSite
 from .site import Site
 from .transaction import Undo
-from .tree import SHARED, Tree, walk
+from .tree import ROOT, SHARED, Tree, walk
 
 
 def attach(model: nn.Module, state: PeftState, draft: Draft, undo: Undo) -> None:
@@ -20,8 +20,9 @@ def attach(model: nn.Module, state: PeftState, draft: Draft, undo: Undo) -> None
         path = layer.request.path
         site = state.sites.get(path)
         if site is None:
-            site = Site(view(draft.tree, SiteRequest(path)), state.routing)
-            _place(draft.tree, layer, site, state, undo)
+            bare = view(draft.tree, SiteRequest(path))
+            site = Site(bare, state.routing) if path else RootSite(bare, state.routing)
+            _place(model, draft.tree, layer, site, state, undo)
             state.sites[path] = site
         undo.keep(site._chains)
         undo.keep(site.adapters._modules)
@@ -34,6 +35,7 @@ def attach(model: nn.Module, state: PeftState, draft: Draft, undo: Undo) -> None
         undo.keep(container._modules)
         container._modules[record.name] = record.shared
     state.adapters[record.name] = record
+    state.note_adapters()
 
 
 def detach(model: nn.Module, state: PeftState, name: str, undo: Undo) -> None:
@@ -48,7 +50,11 @@ def detach(model: nn.Module, state: PeftState, name: str, undo: Undo) -> None:
         undo.keep(site.adapters._modules)
         site.detach(name)
         if not site.names():
-            _replace(tree, site.base_layer, site.base_layer, undo)
+            if request.path:
+                _replace(tree, site.base_layer, site.base_layer, undo)
+            else:
+                undo.keep(model._modules)
+                del model._modules[ROOT]
             del state.sites[request.path]
     undo.keep(model._modules)
     container = model._modules.get(SHARED)
@@ -58,14 +64,15 @@ def detach(model: nn.Module, state: PeftState, name: str, undo: Undo) -> None:
         if not container._modules:
             del model._modules[SHARED]
     del state.adapters[name]
+    state.note_adapters()
 
 
-def _place(tree: Tree, layer: BaseLayer, site: Site, state: PeftState, undo: Undo) -> None:
+def _place(model: nn.Module, tree: Tree, layer: BaseLayer, site: Site, state: PeftState, undo: Undo) -> None:
     module = layer.module
-    if not tree.places.get(id(module)):
-        raise TargetError(
-            f"{layer.path or 'the model itself'}: adapters sit at modules inside the model, and this one has no parent"
-        )
+    if not layer.path:
+        undo.keep(model._modules)
+        model._modules[ROOT] = site
+        return
     _replace(tree, module, site, undo)
     for parent in tree.ancestors(module):
         if isinstance(parent, nn.TransformerEncoderLayer):

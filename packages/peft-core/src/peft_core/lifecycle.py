@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -9,16 +10,25 @@ from torch import nn
 from . import trainer
 from .adapter_names import check_name
 from .config import AdapterConfig
-from .errors import AdapterNameError, MergeError
+from .errors import AdapterNameError, AdapterNotFoundError, MergeError
 from .inject import attach, detach
 from .planning import Draft, draft
-from .records import AdapterRecord, PeftState, state_of
+from .records import AdapterRecord, AdapterState, PeftState, state_of
 from .subclass import adapted_class, base_class, remember_checkpoints
 from .transaction import Undo
 from .tree import Tree, walk
 
 
-def checked_draft(model: nn.Module, name: str, config: AdapterConfig, float32: bool, revision: str | None) -> Draft:
+def checked_draft(
+    model: nn.Module,
+    name: str,
+    config: AdapterConfig,
+    float32: bool,
+    revision: str | None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    start: AdapterState | None = None,
+) -> Draft:
     check_name(name)
     state = state_of(model)
     if state is not None and name in state.adapters:
@@ -27,11 +37,22 @@ def checked_draft(model: nn.Module, name: str, config: AdapterConfig, float32: b
         )
     if state is not None:
         require_unmerged(state, "adding an adapter")
+    check_references(state, name, config)
     base = getattr(model, "name_or_path", None) or None
     known = {"base_model_name_or_path": config.base_model_name_or_path or base, "revision": revision or config.revision}
-    found = draft(model, name, config.resolve(**known), float32=float32)
+    found = draft(model, name, config.resolve(**known), float32=float32, start=start, calibration=calibration)
     found.check()
     return found
+
+
+def check_references(state: PeftState | None, name: str, config: AdapterConfig) -> None:
+    """Raise `AdapterNotFoundError` where an adapter would be made of others that the model does not have."""
+    present = state.adapters if state else {}
+    if missing := [other for other in config.refers_to() if other not in present]:
+        raise AdapterNotFoundError(
+            f"adapter {name!r} is made of other adapters, and the model lacks {missing}; it has "
+            f"{list(present) or 'none'}. Add or load those first, under these names"
+        )
 
 
 def install(model: nn.Module, found: Draft, *, trainable: bool, activate: bool, instead: str | None = None) -> None:
@@ -47,6 +68,7 @@ def install(model: nn.Module, found: Draft, *, trainable: bool, activate: bool, 
         if instead is not None:
             detach(model, state, instead, undo)
         attach(model, state, found, undo)
+        name_arguments(model, state, undo)
         record.require_grad(trainable and record.name in state.active)
         if activate:
             activate_records(state, [record], undo)
@@ -81,6 +103,15 @@ def enter(model: nn.Module, tree: Tree, state: PeftState, undo: Undo) -> None:
     model.__class__ = adapted_class(cls)
     remember_checkpoints(model, state.routing)
     trainer.install()
+
+
+def name_arguments(model: nn.Module, state: PeftState, undo: Undo) -> None:
+    """Let the model's class, and so its forward's signature, name the request arguments of the present adapters."""
+    cls = type(model)
+    wanted = adapted_class(cls, state.routing.arguments)
+    if wanted is not cls:
+        undo.add(lambda: setattr(model, "__class__", cls))
+        model.__class__ = wanted
 
 
 def leave(model: nn.Module, state: PeftState, undo: Undo) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from . import checkpoint, layout
 from .adapter_file import AdapterFile, TensorsFile
 from .adapter_names import check_name
+from .banks import Seeded
 from .config import AdapterConfig
 from .errors import AdapterNameError, CheckpointError, CheckpointMismatchError
 from .hook_results import call_extensions
 from .layers import SiteRequest
-from .lifecycle import install, require_unmerged
+from .lifecycle import check_references, install, require_unmerged
 from .locating import WEIGHTS
 from .matching import PREFIX, LoadReport, match
 from .methods import Method, load_method
@@ -57,13 +58,14 @@ def load_into(
         raise AdapterNameError(
             f"adapter {name!r} is on the model already; choose another name, or pass replace=True to take its place"
         )
-    file = _read(path, subfolder, revision)
+    file = _read(model, path, subfolder, revision)
     method = load_method(file.method, wrote_by=file.wrote_by)
     if config is None:
         resolved = method.config_class.from_dict(file.config, source=str(file.source))
         resolved = resolved.resolve(inference_mode=not is_trainable)
     else:
         resolved = config
+    check_references(state, name, resolved)
     if present is not None and present.method is method and _same_function(present.config, resolved):
         expected = layout.collect(present)
         if {k: (tuple(v.shape)) for k, v in expected.items()} == {k: s for k, (s, _) in file.shapes.items()}:
@@ -76,11 +78,11 @@ def load_into(
     return report
 
 
-def _read(path: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> AdapterFile:
+def _read(model: nn.Module, path: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> AdapterFile:
     """The library's own files; where there are none, whatever an extension can make of the place."""
     place = Path(path) / (subfolder or "")
     if place.exists() and not (place / WEIGHTS).is_file():
-        foreign = call_extensions("peft_checkpoint", path=place)
+        foreign = call_extensions("peft_checkpoint", path=place, model=model)
         if foreign is not None:
             config, tensors = foreign
             return TensorsFile(config, tensors, str(place))
@@ -147,6 +149,9 @@ def _fill(
         owner_path, _, attribute = name.rpartition(".")
         owner = record.shared.get_submodule(owner_path)
         old: Tensor = getattr(owner, attribute)
+        if isinstance(owner, Seeded):
+            owner.check(value, record.name)
+            continue
         value = value.to(dtype=old.dtype, device=value.device if old.is_meta else old.device)
         if attribute in owner._parameters:
             owner._parameters[attribute] = nn.Parameter(value, requires_grad=old.requires_grad)

@@ -7,12 +7,15 @@ closed again by unmerging.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import hook_results
+from .adapter import Adapter
 from .errors import MergeError
 from .layers import BaseLayer
 from .planning import HALF
@@ -23,7 +26,12 @@ from .transaction import Undo
 
 @torch.no_grad()
 def merge(
-    state: PeftState, names: tuple[str, ...], undo: Undo, *, progressbar: bool = False
+    state: PeftState,
+    names: tuple[str, ...],
+    undo: Undo,
+    *,
+    progressbar: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Fold the adapters into their layers' weights, in order; returns the original parameters by site path.
 
@@ -36,7 +44,7 @@ def merge(
         if not site.chain(names):
             continue
         layer = site._layer
-        merged = _merged(state, site, path, names)
+        merged = _merged(state, site, path, names, arguments or {})
         if not merged:
             continue
         before = layer.snapshot(tuple(merged))
@@ -64,7 +72,9 @@ def unmerge(state: PeftState, undo: Undo) -> None:
         layer.restore(snapshot)
 
 
-def _merged(state: PeftState, site: Site, path: str, names: tuple[str, ...]) -> dict[str, Tensor]:
+def _merged(
+    state: PeftState, site: Site, path: str, names: tuple[str, ...], arguments: Mapping[str, Any]
+) -> dict[str, Tensor]:
     layer = site._layer
     stored = layer.params()
     params = {n: p.float() if p.dtype in HALF else p for n, p in stored.items()}
@@ -75,8 +85,14 @@ def _merged(state: PeftState, site: Site, path: str, names: tuple[str, ...]) -> 
         record = state.adapters[name]
         for adapter in site.chain((name,)):
             params = hook_results.call(
-                record.method, "peft_merge", config=record.config, adapter=adapter, params=dict(params)
+                record.method,
+                "peft_merge",
+                config=record.config,
+                adapter=adapter,
+                params=dict(params),
+                arguments=arguments,
             )
+            _warn_of_approximation(path, adapter)
     unknown = params.keys() - before.keys()
     if unknown:
         raise MergeError(
@@ -96,6 +112,15 @@ def _merged(state: PeftState, site: Site, path: str, names: tuple[str, ...]) -> 
                 "adapter, or merge into a base of a wider dtype"
             )
     return changed
+
+
+def _warn_of_approximation(path: str, adapter: Adapter) -> None:
+    if adapter.merge_is_approximate:
+        warnings.warn(
+            f"{path}: merging {type(adapter).__name__} is an approximation: {adapter.merge_is_approximate}. Outputs "
+            "change; keep the adapter attached where that matters.",
+            stacklevel=2,
+        )
 
 
 def _tie_again(members: list[tuple[BaseLayer, str, Tensor]]) -> None:

@@ -7,27 +7,27 @@ know.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, status
+from . import status
+from .calls import Call, inputs_of, take_arguments
+from .combining import combine
 from .config import AdapterConfig
-from .errors import AdapterNameError, CheckpointError, MergeError, PeftError
+from .errors import AdapterNameError, PeftError
 from .inject import detach
-from .layout import collect
-from .lifecycle import activate_records, checked_draft, install, leave, note_ties, require_unmerged
-from .loading import load_into
-from .matching import LoadReport
-from .merging import merge, names_to_merge, unmerge
+from .lifecycle import activate_records, checked_draft, install, name_arguments, require_unmerged
+from .loss_terms import terms_of, with_terms
+from .mergeable import Mergeable
 from .records import PeftState
 from .routing import BASE, Request
+from .saveable import Saveable
 from .subclass import base_class, rebuild
+from .training import parameter_groups
 from .transaction import Undo
 from .tree import walk
 
@@ -43,6 +43,7 @@ def get_peft_model(
     revision: str | None = None,
     mixed: bool = False,
     low_cpu_mem_usage: bool = False,
+    calibration: Iterable[Any] | None = None,
 ) -> Any:
     """Adapt `model` in place and return it, its base frozen and the new adapter active and trainable.
 
@@ -53,6 +54,8 @@ def get_peft_model(
         revision: noted in the config that is saved.
         mixed, low_cpu_mem_usage: accepted from callers that pass them; methods always mix, and tensors that a file
             will fill are never initialised.
+        calibration: batches for methods whose start depends on data: mappings of the model's arguments, tuples of
+            them, or single tensors. The model is run on them as it came, and comes out of it unchanged.
 
     Raises:
         TargetError: the config does not fit the model; all problems are listed, and nothing was changed.
@@ -66,12 +69,12 @@ def get_peft_model(
             f"get_peft_model needs a config of this library, such as load_method(name)(...), not a "
             f"{type(peft_config).__module__}.{type(peft_config).__qualname__}; change the import line of the config"
         )
-    found = checked_draft(model, adapter_name, peft_config, autocast_adapter_dtype, revision)
+    found = checked_draft(model, adapter_name, peft_config, autocast_adapter_dtype, revision, calibration=calibration)
     install(model, found, trainable=not peft_config.inference_mode, activate=True)
     return model
 
 
-class PeftModel:
+class PeftModel(Mergeable, Saveable):
     """The methods a model gains. `PeftModel.from_pretrained(model, directory)` loads a saved adapter."""
 
     _peft: PeftState
@@ -80,7 +83,8 @@ class PeftModel:
     # -- calling -------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The model's forward. `adapter_names` chooses an adapter for each row of the batch.
+        """The model's forward. `adapter_names` chooses an adapter for each row of the batch; request arguments that
+        an adapter's config declares (`request_arguments`) are for the adapters alone.
 
         Adapted layers must see the rows in the batch's order: in their first dimension, or flattened together with the
         positions. A layer that is called on gathered tokens (a router written by hand) or on sequence-first tensors
@@ -88,16 +92,52 @@ class PeftModel:
 
         Raises `RequestError` where the names do not fit the batch or a method cannot be chosen per row.
         """
-        forward = super().__call__  # type: ignore[misc]
-        routing, rows = self._peft.routing, rows_of(self._peft, adapter_names)
+        state = self._peft
+        routing, rows = state.routing, rows_of(state, adapter_names)
+        forward = state.sites.get("") or super().__call__  # type: ignore[misc]
+        call = self._describe(args, kwargs) if routing.describes_calls else None
         if torch.compiler.is_compiling():
-            request = routing.default if rows is None else Request(routing.default.active, rows)
-            return routing.traced(request, forward, *args, **kwargs)
-        request = routing.request(rows)
+            request = routing.default
+            if rows is not None or call is not None:
+                request = Request(routing.default.active, rows, call)
+            return self._with_losses(routing.traced(request, forward, *args, **kwargs), request, kwargs)
+        request = routing.request(rows, call)
         if request != routing.default and getattr(self, "_compiled_call_impl", None) is not None:
-            forward = self._call_impl  # type: ignore[attr-defined]  # the compiled graph is the standing choice's
+            forward = state.sites.get("") or self._call_impl  # type: ignore[attr-defined]  # that graph is the default's
         with routing.use(request):
-            return forward(*args, **kwargs)
+            outputs = forward(*args, **kwargs)
+        if call is not None and torch.is_grad_enabled():
+            routing.follow(outputs, request)
+        return self._with_losses(outputs, request, kwargs)
+
+    def _describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The facts of a call that begins; request arguments are taken out of `kwargs`."""
+        routing, forward = self._peft.routing, base_class(type(self)).forward  # type: ignore[attr-defined]
+        arguments = take_arguments(forward, kwargs, routing.arguments)
+        outer = routing.outer()
+        call = Call(
+            inputs_of(forward, args, kwargs),
+            arguments,
+            training=_module(self).training,
+            outer=outer.call if outer else None,
+        )
+        call.expect_gradients()
+        return call
+
+    def _with_losses(self, outputs: Any, request: Request, kwargs: Mapping[str, Any]) -> Any:
+        """In training, the output with what the adapters add to its loss."""
+        if not (_module(self).training and request.names() and torch.is_grad_enabled()):
+            return outputs
+        terms = terms_of(self._peft, request)
+        self._peft.routing.loss_terms = terms
+        return with_terms(outputs, terms, kwargs.get("labels") is not None)
+
+    def adapter_losses(self) -> dict[str, Tensor]:
+        """What the adapters added to the loss of the last call in training, by name; they are in `outputs.loss`.
+
+        A model whose output has no loss leaves the sum to you: `loss + sum(model.adapter_losses().values())`.
+        """
+        return dict(self._peft.routing.loss_terms)
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -123,14 +163,48 @@ class PeftModel:
         return self._peft.record(self._peft.active[0] if self._peft.active else "").config
 
     def add_adapter(
-        self, adapter_name: str, peft_config: AdapterConfig, *, autocast_adapter_dtype: bool = True
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig,
+        *,
+        autocast_adapter_dtype: bool = True,
+        calibration: Iterable[Any] | None = None,
     ) -> None:
         """Add one more adapter, of any method, trainable once it is active. It is not activated.
 
-        Raises as `get_peft_model`.
+        Arguments and errors are those of `get_peft_model`.
         """
-        found = checked_draft(_module(self), adapter_name, peft_config, autocast_adapter_dtype, None)
+        found = checked_draft(
+            _module(self), adapter_name, peft_config, autocast_adapter_dtype, None, calibration=calibration
+        )
         install(_module(self), found, trainable=not peft_config.inference_mode, activate=False)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        *,
+        config: AdapterConfig | None = None,
+        **options: Any,
+    ) -> None:
+        """Add an adapter that is made of others, with its own tensors; the sources stay as they are.
+
+        The method of the first source (or of `config`, the new adapter's, where it is given) knows what
+        `combination_type` and `options` mean. The new adapter is trainable, and not activated.
+
+        Raises `CombineError` where the adapters cannot be combined so, with nothing changed.
+        """
+        combined = combine(_module(self), adapters, weights, adapter_name, combination_type, config, options)
+        install(_module(self), combined, trainable=True, activate=False)
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameters of the active adapters for an optimizer, grouped as their methods wish; all else that trains last.
+
+        Raises `MethodContractError` where a method names a tensor twice, forgets one, or names a foreign one.
+        """
+        return parameter_groups(_module(self), lr, weight_decay)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters active, the last one outermost; several act together.
@@ -162,9 +236,12 @@ class PeftModel:
         state = self._peft
         state.record(adapter_name)
         require_unmerged(state, "delete_adapter")
+        if users := state.users_of(adapter_name):
+            raise AdapterNameError(f"adapter {adapter_name!r} is part of {users}; delete those first")
         with Undo() as undo:
             undo.keep_state(state)
             detach(_module(self), state, adapter_name, undo)
+            name_arguments(_module(self), state, undo)
             state.active = tuple(name for name in state.active if name != adapter_name)
             state.publish()
 
@@ -194,62 +271,7 @@ class PeftModel:
     disable_adapters = disable_adapter_layers
     enable_adapters = enable_adapter_layers
 
-    # -- merging and leaving -------------------------------------------------------------------------------------
-
-    def merge_adapter(
-        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, *, progressbar: bool = False
-    ) -> None:
-        """Fold adapters (default: the active ones) into the base weights; `unmerge_adapter` is exact.
-
-        Non-finite results are always refused, so `safe_merge` may stay as it is. Raises `MergeError`, with every
-        weight as it was.
-        """
-        state = self._peft
-        require_unmerged(state, "merge_adapter")
-        names = names_to_merge(state, adapter_names)
-        with Undo() as undo:
-            undo.keep_state(state)
-            state.snapshots = merge(state, names, undo, progressbar=progressbar)
-            state.resting, state.active = state.active, names  # for as long as it lasts; flags stay as they are
-            state.publish()
-            state.routing.merged = names
-
-    def unmerge_adapter(self) -> None:
-        """Put the base weights back bit for bit."""
-        state = self._peft
-        if not state.routing.merged:
-            raise MergeError("unmerge_adapter: no adapter is merged")
-        with Undo() as undo:
-            undo.keep_state(state)
-            unmerge(state, undo)
-            state.snapshots = {}
-            state.active = state.resting
-            state.publish()
-            state.routing.merged = ()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
-    ) -> Any:
-        """Fold adapters into the base weights and return the plain base model (this object, its class restored)."""
-        state, model = self._peft, _module(self)
-        with Undo() as undo:
-            undo.keep_state(state)
-            if not state.routing.merged:
-                merge(state, names_to_merge(state, adapter_names), undo, progressbar=progressbar)
-            elif adapter_names is not None and tuple(adapter_names) != state.routing.merged:
-                require_unmerged(state, "merge_and_unload")
-            leave(model, state, undo)
-            note_ties(model, undo)
-        return model
-
-    def unload(self) -> Any:
-        """Remove all adapters and return the base model as it came, trainability included."""
-        state, model = self._peft, _module(self)
-        with Undo() as undo:
-            undo.keep_state(state)
-            unmerge(state, undo)
-            leave(model, state, undo)
-        return model
+    # -- the base -----------------------------------------------------------------------------------------------
 
     def get_base_model(self) -> Any:
         """The model itself: adapters sit inside it, nothing is wrapped around it."""
@@ -286,84 +308,11 @@ class PeftModel:
         """The state of the whole model."""
         return status.model_status(_module(self), self._peft)
 
-    # -- files ---------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        selected_adapters: Sequence[str] | None = None,
-        is_main_process: bool = True,
-        safe_serialization: bool = True,
-        save_embedding_layers: bool | str = "auto",
-        state_dict: Mapping[str, Any] | None = None,
-        save_function: Any = None,
-        max_shard_size: int | str | None = None,
-    ) -> None:
-        """Write adapters, and nothing of the base: `default` into the directory, others into folders of their name.
-
-        `state_dict`, `save_function` and `max_shard_size`, which transformers' callers pass, are not needed: every
-        adapter knows its tensors, and they go into one file. Tables of embeddings that were trained are parts of
-        adapters (`modules_to_save`); no other is written, so `save_embedding_layers` may stay "auto", or be False.
-
-        Raises `CheckpointError` where the files cannot be written; the directory then holds what it held before.
-        """
-        if not safe_serialization:
-            raise CheckpointError("adapters are written as safetensors only; leave out safe_serialization=False")
-        if save_embedding_layers not in ("auto", False):
-            raise CheckpointError(
-                "save_embedding_layers: the base's tables are not written next to an adapter; train them with it, in "
-                "modules_to_save, or save the base's weights (base_state_dict) in a file of their own"
-            )
-        state = self._peft
-        records = [state.record(name) for name in (state.adapters if selected_adapters is None else selected_adapters)]
-        if not is_main_process:
-            return
-        base_name = getattr(self, "name_or_path", None) or None
-        for record in records:
-            folder = Path(save_directory) if record.name == "default" else Path(save_directory) / record.name
-            checkpoint.save(folder, record, base_model_name_or_path=base_name, base_class=base_class(type(self)))
-
-    @classmethod
-    def from_pretrained(cls, model: Any, model_id: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
-        """Load a saved adapter onto `model`, in place, and activate it. The model's train or eval mode stays.
-
-        Keyword arguments are those of `load_adapter`. Raises as `load_adapter`.
-        """
-        if not isinstance(model, nn.Module) or model_id is None:
-            own: Any = base_class(cls)
-            if own is not cls and hasattr(own, "from_pretrained"):
-                extra = {} if adapter_name == "default" else {"adapter_name": adapter_name}
-                args = (model,) if model_id is None else (model, model_id)
-                return own.from_pretrained(*args, **extra, **kwargs)
-            raise PeftError("PeftModel.from_pretrained takes the base model, then the adapter's directory")
-        load_into(model, model_id, adapter_name, activate=True, **kwargs)
-        return model
-
-    def load_adapter(
-        self, model_id: str | os.PathLike[str], adapter_name: str = "default", **kwargs: Any
-    ) -> LoadReport:
-        """Load a saved adapter beside those present; it is not activated.
-
-        Keyword arguments: `is_trainable=False`; `replace=False` (take the place of an adapter of that name; tensors
-        keep their identity where nothing but values changes, so optimizers go on); `strict=True` (False: load what
-        fits and report the rest); `config=None` (use this config, not the file's); `subfolder`, `revision`,
-        `autocast_adapter_dtype=True`.
-
-        Raises `CheckpointError` or `CheckpointMismatchError` (missing, unknown, mis-shaped or non-finite tensors, by
-        name), `ConfigError`, `TargetError`, `MethodError`; the model is then as it was.
-        """
-        return load_into(_module(self), model_id, adapter_name, activate=False, **kwargs)
-
-    def get_adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
-        """One adapter's tensors under the keys of its file."""
-        return collect(self._peft.record(adapter_name))
-
     # -- python --------------------------------------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        return (rebuild, (base_class(type(self)),), *reduced[2:])
+        return (rebuild, (base_class(type(self)), self._peft.routing.arguments), *reduced[2:])
 
 
 def rows_of(state: PeftState, names: Sequence[str] | None) -> tuple[str, ...] | None:

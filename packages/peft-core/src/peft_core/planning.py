@@ -1,12 +1,12 @@
 """From a model and a config to everything that would happen, before anything happens.
 
 `draft` selects the sites, makes their views and builds the adapters off the tree; it collects every problem
-instead of stopping at the first, and leaves the model untouched. `plan` shows a draft made on the meta device.
+instead of stopping at the first, and leaves the model untouched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from .config import AdapterConfig, TargetedConfig
 from .errors import PeftError, TargetError
 from .layers import BaseLayer, SiteRequest, layer_of
 from .methods import Method, load_method
-from .records import AdapterRecord, PeftState, state_of
+from .records import AdapterRecord, AdapterState, PeftState, state_of
+from .root import RootLayer
 from .saved_modules import SavedModule, saved_module_requests
+from .starts import calibrate, key_of_layer, put, slots_of, unused
 from .targets import Selection, select
 from .tree import Tree, walk
 
@@ -58,6 +60,8 @@ def draft(
     float32: bool = True,
     trusted: bool = True,
     tensors: TensorsFor | None = None,
+    start: AdapterState | None = None,
+    calibration: Iterable[Any] | None = None,
 ) -> Draft:
     """Select, view and build, without touching the model.
 
@@ -66,6 +70,8 @@ def draft(
         float32: keep adapters of half-precision layers in float32 (they compute in the layer's dtype).
         trusted: whether patterns in the config were written by the user, rather than read from a file.
         tensors: the checkpoint's part for a site, where one is loaded; then nothing is initialised.
+        start: values for some slots, put over their starting values.
+        calibration: batches for methods that start from data; what they say of it is `start`.
     """
     method = method or load_method(config.peft_type)
     tree = walk(model)
@@ -76,20 +82,15 @@ def draft(
                 f"{path} carries adapters of a model inside this one, which has its own switches; adapt one of the two "
                 "models, or call unload() on the inner one first"
             )
-    requests, config, problems = _select(model, tree, method, config, trusted)
-    problems += _within_copies(state, name, requests)
-    layers: list[BaseLayer] = []
-    kept: list[SiteRequest] = []
-    for request in requests:
-        try:
-            layer = view(tree, request)
-            layer.build_dtype = _dtype(layer, float32)
-            layers.append(layer)
-            kept.append(request)
-        except PeftError as error:
-            problems.append(str(error))
+    config, layers, problems = _views(model, tree, state, name, method, config, float32=float32, trusted=trusted)
+    if calibration is not None and not problems:
+        start = calibrate(model, name, method, config, layers, calibration)
+        if start is not None and start.config != config:
+            config, layers, problems = _views(
+                model, tree, state, name, method, start.config, float32=float32, trusted=trusted
+            )
     shared = nn.Module()
-    record = AdapterRecord(name, method, config, kept, [], shared)
+    record = AdapterRecord(name, method, config, [layer.request for layer in layers], [], shared)
     result = Draft(record, layers, tree, problems)
     plugged = [layer for layer in layers if not layer.request.copied]
     if problems:
@@ -111,18 +112,49 @@ def draft(
     built: list[BaseLayer] = []
     for layer in layers:
         layer.build_device = device
-        found = tensors(layer.request) if tensors else None
+        found = tensors(layer.request) if tensors else start.tensors.get(key_of_layer(layer)) if start else None
         try:
-            record.adapters.append(build(record, layer, model, found, initialise=tensors is None))
+            adapter = build(record, layer, model, found, initialise=tensors is None)
+            if start is not None and found:
+                put(found, adapter.slots(), layer.path)
+            record.adapters.append(adapter)
             built.append(layer)
         except PeftError as error:
             problems.append(str(error))
         finally:
             layer.build_device = None
     result.layers = built
+    if start is not None and not problems:
+        problems += unused(start, layers)
+        put(start.shared, slots_of(shared), "the shared module")
     if not problems:
         record.note_learned()
     return result
+
+
+def _views(
+    model: nn.Module,
+    tree: Tree,
+    state: PeftState | None,
+    name: str,
+    method: Method,
+    config: AdapterConfig,
+    *,
+    float32: bool,
+    trusted: bool,
+) -> tuple[AdapterConfig, list[BaseLayer], list[str]]:
+    """The resolved config, the views of the sites it selects, and every problem on the way."""
+    requests, config, problems = _select(model, tree, method, config, trusted)
+    problems += _within_copies(state, name, requests)
+    layers: list[BaseLayer] = []
+    for request in requests:
+        try:
+            layer = view(tree, request)
+            layer.build_dtype = _dtype(layer, float32)
+            layers.append(layer)
+        except PeftError as error:
+            problems.append(str(error))
+    return config, layers, problems
 
 
 def build(
@@ -165,6 +197,8 @@ def view(tree: Tree, request: SiteRequest) -> BaseLayer:
     if missing:
         raise TargetError(f"{request.path}: {type(module).__name__} has no parameter {missing[0]!r}")
     layer: BaseLayer | None = None
+    if not request.path and not request.copied:
+        return RootLayer(module, "", request)
     if not request.copied:
         layer = hook_results.call_extensions("peft_layer", path=request.path, module=module)
     if layer is None:
@@ -263,81 +297,3 @@ def _dtype(layer: BaseLayer, float32: bool) -> torch.dtype | None:
     if not own.is_floating_point or own.itemsize == 1 or (float32 and own in HALF):
         return torch.float32
     return None
-
-
-@dataclass(frozen=True)
-class PlannedSite:
-    """One row of a plan: the module, what it is, and what it would get."""
-
-    path: str
-    module: str
-    shape: str
-    adapter: str
-    parameters: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `get_peft_model` would do. `problems` is empty when it would succeed; printing shows a table."""
-
-    method: str
-    config: AdapterConfig
-    sites: tuple[PlannedSite, ...]
-    problems: tuple[str, ...]
-    trainable: int
-    base: int
-
-    def check(self) -> None:
-        """Raise `TargetError` with all problems at once, if there are any."""
-        if self.problems:
-            raise TargetError("the plan has problems:\n" + "\n".join(f"- {problem}" for problem in self.problems))
-
-    def __str__(self) -> str:
-        lines = [f"{self.method}: {len(self.sites)} sites, {self.trainable:,} trainable parameters on {self.base:,}"]
-        rows = [("module", "type", "shape", "adapter", "parameters")] + [
-            (site.path or "(the model)", site.module, site.shape, site.adapter, f"{site.parameters:,}")
-            for site in self._grouped()
-        ]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        for row in rows:
-            cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False)]
-            lines.append("  ".join([*cells, row[4].rjust(widths[4])]))
-        lines += [f"problem: {problem}" for problem in self.problems]
-        return "\n".join(lines)
-
-    def _grouped(self) -> list[PlannedSite]:
-        """Sites that differ only in numbers of their path, shown as one row."""
-        groups: dict[tuple[str, str, str, str], list[PlannedSite]] = {}
-        for site in self.sites:
-            pattern = ".".join("*" if part.isdigit() else part for part in site.path.split("."))
-            groups.setdefault((pattern, site.module, site.shape, site.adapter), []).append(site)
-        rows = []
-        for (pattern, module, shape, adapter), members in groups.items():
-            path = members[0].path if len(members) == 1 else f"{pattern} ({len(members)} times)"
-            rows.append(PlannedSite(path, module, shape, adapter, sum(m.parameters for m in members)))
-        return rows
-
-
-def plan(model: nn.Module, config: AdapterConfig, adapter_name: str = "default") -> Plan:
-    """Show what adapting `model` with `config` would do. Nothing is changed; meta models are welcome.
-
-    Problems with the selection are listed in the plan, all at once. Raises `MethodError` where the method
-    itself cannot be loaded.
-    """
-    found = draft(model, adapter_name, config, device=META)
-    record = found.record
-    counted = {id(p): p.numel() for owner, key in record.learned if (p := owner._parameters[key]) is not None}
-    sites = []
-    # Before the adapters are built, problems leave none of them.
-    for layer, adapter in zip(found.layers, record.adapters, strict=False):
-        shape = " × ".join(map(str, layer.shape))
-        count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        sites.append(PlannedSite(layer.path, type(layer.module).__name__, shape, type(adapter).__name__, count))
-    return Plan(
-        record.method.name,
-        record.config,
-        tuple(sites),
-        tuple(found.problems),
-        sum(counted.values()),
-        sum(p.numel() for p in found.tree.parameters().values()),
-    )

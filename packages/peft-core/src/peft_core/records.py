@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -14,6 +15,19 @@ from .methods import Method
 from .routing import Request, Routing
 from .site import Site
 from .suggest import did_you_mean
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """A config and values for an adapter that is still to be made: what calibration and combination return.
+
+    `tensors` are by site, then by slot, a site being its path, or `path:part` where a module has several; slots that
+    are not given get their starting values. `shared` are by slot of the shared module.
+    """
+
+    config: AdapterConfig
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,6 +55,11 @@ class AdapterRecord:
             for key, parameter in module._parameters.items()
             if parameter is not None and parameter.requires_grad
         ]
+
+    @property
+    def describes_calls(self) -> bool:
+        """Whether an adapter of this record reads the facts of each call."""
+        return bool(self.config.request_arguments) or any(adapter.uses_call for adapter in self.adapters)
 
     def parameters(self) -> list[nn.Parameter]:
         """The tensors that train when the adapter does."""
@@ -83,6 +102,17 @@ class PeftState:
     def publish(self) -> None:
         """Make the standing choice what `active` and `enabled` say. One assignment: calls see old or new."""
         self.routing.default = Request(self.active if self.enabled else ())
+
+    def note_adapters(self) -> None:
+        """Tell the routing what the present adapters ask of every call."""
+        records = self.adapters.values()
+        self.routing.known = frozenset(self.adapters)
+        self.routing.arguments = tuple(dict.fromkeys(n for r in records for n in r.config.request_arguments))
+        self.routing.describes_calls = any(r.describes_calls for r in records)
+
+    def users_of(self, name: str) -> list[str]:
+        """Names of the adapters that are made of this one."""
+        return [record.name for record in self.adapters.values() if name in record.config.refers_to()]
 
     def record(self, name: str) -> AdapterRecord:
         """The adapter of that name. Raises `AdapterNotFoundError`."""

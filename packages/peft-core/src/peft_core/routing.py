@@ -13,28 +13,42 @@ differ the graph is refused. Calls that are themselves part of a graph are not i
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import RequestError
+from .calls import Call
+from .errors import AdapterNotFoundError, RequestError
 
 BASE = "__base__"
 """Name that stands for "no adapter" among the names of a batch's rows."""
 
 _NOTING = threading.Lock()
+_BACKWARDS = 8
+"""How many backwards, on as many threads, may be under way before the oldest is forgotten."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one call uses: the active adapters, innermost first, and perhaps one adapter per row."""
+    """What one call uses: the active adapters, innermost first, and perhaps one adapter per row.
+
+    `call` holds the call's facts where an adapter of the model wants them; such requests equal none but themselves.
+    """
 
     active: tuple[str, ...] = ()
     rows: tuple[str, ...] | None = None
+    call: Call | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """Every adapter that acts in the call."""
+        if self.rows is None:
+            return self.active
+        return tuple(name for name in dict.fromkeys(self.rows) if name != BASE)
 
     def groups(self, size: int, device: torch.device) -> list[tuple[tuple[str, ...], Tensor]]:
         """Adapters and row indices for a batch of `size` rows (several per name under beam search).
@@ -62,6 +76,17 @@ class Routing:
     def __init__(self) -> None:
         self.default = Request()
         self.merged: tuple[str, ...] = ()
+        self.merged_for: dict[str, Any] = {}
+        """Request arguments that the merged weights are for."""
+        self.arguments: tuple[str, ...] = ()
+        """Names of the request arguments that adapters of the model declare."""
+        self.known: frozenset[str] = frozenset()
+        """Names of the adapters of the model."""
+        self.describes_calls = False
+        """Whether an adapter of the model wants the facts of each call."""
+        self.loss_terms: dict[str, Tensor] = {}
+        """What adapters added to the loss of the last call."""
+        self._backwards: dict[int, tuple[weakref.ref[Request], ...]] = {}
         self._requests: dict[int, Request] = {}
         self._in_flight: tuple[Request, ...] = ()
         self._traced: Request | None = None
@@ -81,7 +106,7 @@ class Routing:
                 "the compiled model's graph broke, and the part that runs outside of it cannot know the call's "
                 "adapter_names; compile with fullgraph=True to see where, or call the model uncompiled"
             )
-        if self._recent and _in_backward():
+        if (self._recent or self._backwards) and _in_backward():
             return self._recomputing()
         return self.default
 
@@ -91,13 +116,29 @@ class Routing:
         Raises `RequestError` where calls with different requests came before this backward.
         """
         self._recomputed = True
-        if len(self._recent) > 1:
+        noted = self._backwards.get(torch._C._current_graph_task_id(), ())
+        known = [request for ref in noted if (request := ref()) is not None] or self._recent
+        if len(known) > 1:
             raise RequestError(
                 "calls with different adapters came before one backward, and the model's own activation checkpointing "
                 "recomputes a block without saying whose it is; call backward after each of them, or wrap the "
                 "checkpoint function with peft_core.routing.remembering"
             )
-        return self._recent[0]
+        return known[0]
+
+    def follow(self, outputs: Any, request: Request) -> None:
+        """Note, when a backward comes through these outputs, whose call it is: recomputed blocks will ask."""
+
+        def note(gradient: Tensor) -> None:
+            task = torch._C._current_graph_task_id()
+            # Weakly: a request may hold activations, and this hook keeps it for as long as the graph lives.
+            noted = dict.fromkeys((*self._backwards.get(task, ()), weakref.ref(request)))
+            self._backwards = {**dict(list(self._backwards.items())[-_BACKWARDS:]), task: tuple(noted)}
+
+        values = outputs.values() if isinstance(outputs, dict) else outputs
+        for value in (values,) if isinstance(values, Tensor) else values:
+            if isinstance(value, Tensor) and value.requires_grad and value.grad_fn is not None:
+                value.register_hook(note)  # type: ignore[no-untyped-call]
 
     def _current_of_graph(self) -> Request:
         if self._traced is not None:
@@ -116,7 +157,7 @@ class Routing:
 
         Raises `RequestError` where another call is in flight with other adapters.
         """
-        if request.rows is None:
+        if request.rows is None and request.call is None:
             if self._in_flight and self._in_flight != (request,):
                 raise RequestError(
                     "a compiled call of the model cannot run within, or beside, a call with other adapters; make them "
@@ -142,9 +183,22 @@ class Routing:
             yield
         finally:
             self._note(ident, outer)
-            if torch.is_grad_enabled() and not _in_backward():
+            if request.call is None and torch.is_grad_enabled() and not _in_backward():
                 recent = () if self._recomputed else self._recent
                 self._recent, self._recomputed = tuple(dict.fromkeys((*recent, request))), False
+
+    @contextmanager
+    def within(self, request: Request) -> Iterator[None]:
+        """Run a part of a call with another request, be the call compiled or not."""
+        if not torch.compiler.is_compiling():
+            with self.use(request):
+                yield
+            return
+        outer, self._traced = self._traced, request
+        try:
+            yield
+        finally:
+            self._traced = outer
 
     def _note(self, ident: int, request: Request | None) -> None:
         with _NOTING:
@@ -154,18 +208,25 @@ class Routing:
                 self._requests[ident] = request
             self._in_flight = tuple(dict.fromkeys(self._requests.values()))
 
-    def request(self, rows: Sequence[str] | None) -> Request:
+    def request(self, rows: Sequence[str] | None, call: Call | None = None) -> Request:
         """The request of a call that starts now. A call within a call (generate, forward) continues the outer one."""
         if rows is not None:
-            return Request(self.default.active, tuple(rows))
-        if self._requests:
-            outer = self._requests.get(threading.get_ident())
-            if outer is not None:
-                return outer
-        return self.default
+            return Request(self.default.active, tuple(rows), call)
+        found = self.outer() or self.default
+        return found if call is None else replace(found, call=call)
+
+    def check_name(self, name: str) -> None:
+        """Raise `AdapterNotFoundError` where no adapter of the model has that name."""
+        if name not in self.known:
+            raise AdapterNotFoundError(f"no adapter {name!r} on this model; it has {sorted(self.known) or 'none'}")
+
+    def outer(self) -> Request | None:
+        """The request of the call that runs on this thread, if any."""
+        return self._requests.get(threading.get_ident()) if self._requests else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**Routing().__dict__, "default": self.default, "merged": self.merged}
+        kept = ("known", "default", "merged", "merged_for", "arguments", "describes_calls")
+        return {**Routing().__dict__, **{name: self.__dict__[name] for name in kept}}
 
 
 def _in_backward() -> bool:

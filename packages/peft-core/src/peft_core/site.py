@@ -7,31 +7,84 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .errors import RequestError
+from .calls import Call
+from .errors import PeftError, RequestError
 from .layers import BaseLayer, Params
 from .routing import Request, Routing
 
+_NO_REQUEST = Request()
+_WHERE = "Raised in the adapted layer"
+
 
 class Link:
-    """The next callable, as an adapter's `forward` sees it: call it, or read the weights it stands for."""
+    """The next callable, as an adapter's `forward` sees it: call it, or read the weights it stands for.
 
-    __slots__ = ("inner", "layer")
+    It also knows the running call of the model, and the way to other adapters.
+    """
 
-    def __init__(self, layer: BaseLayer, inner: tuple[Adapter, ...] = ()) -> None:
-        self.layer = layer
+    __slots__ = ("_site", "inner", "layer", "request")
+
+    def __init__(self, site: Site, inner: tuple[Adapter, ...] = (), request: Request = _NO_REQUEST) -> None:
+        self._site = site
+        self.layer = site._layer
         self.inner = inner
+        self.request = request
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.inner:
-            return self.layer.module(*args, **kwargs)
-        return self.inner[-1](Link(self.layer, self.inner[:-1]), *args, **kwargs)
+            return self._site.run_base(*args, **kwargs)
+        return self.inner[-1](Link(self._site, self.inner[:-1], self.request), *args, **kwargs)
+
+    @property
+    def call(self) -> Call:
+        """The facts of the model's running call: request arguments, phase, cached length, notes.
+
+        Raises `RequestError` where nobody asked for them, or where a layer is called past the model.
+        """
+        if self.request.call is None:
+            raise RequestError(
+                f"{self.layer.path or 'the model'}: the facts of the call are not known here; set `uses_call = True` "
+                "on the adapter's class (or declare `request_arguments` on the config's), and call the model itself, "
+                "not a part of it"
+            )
+        return self.request.call
+
+    @contextmanager
+    def adapters(self, *names: str) -> Iterator[None]:
+        """What runs inside uses these adapters at every site (none: the clean base), with notes of its own.
+
+        Raises `AdapterNotFoundError` for a name that no adapter of the model has.
+        """
+        for name in names:
+            self._site._routing.check_name(name)
+        call = self.request.call
+        with self._site._routing.within(Request(names, call=call and call.apart())):
+            yield
+
+    def through(self, name: str, *args: Any, out: Any = None, **kwargs: Any) -> Any:
+        """What this callable and then the adapter `name` of the model give for these arguments.
+
+        `out` is what the callable alone gives for them, where that is known: additive adapters need no more.
+        Where the adapter is not at this site, that is the result.
+
+        Raises `AdapterNotFoundError`.
+        """
+        self._site._routing.check_name(name)
+        chain = self._site.chain((name,))
+        if out is not None and len(args) == 1 and not kwargs and all(adapter.additive for adapter in chain):
+            for adapter in chain:
+                out = adapter.accumulate(out, args[0])  # type: ignore[operator]
+            return out
+        return Link(self._site, self.inner + chain, self.request)(*args, **kwargs)
 
     def params(self) -> Params:
         """Effective weights of the layer and every adapter further in.
@@ -49,13 +102,20 @@ class Site(nn.Module):
 
     def __init__(self, layer: BaseLayer, routing: Routing) -> None:
         super().__init__()
-        self.base_layer = layer.module
+        self._hold(layer.module)
         self.adapters = nn.Module()
         self._routing = routing
         self._layer = layer
         self._chains: dict[str, tuple[Adapter, ...]] = {}
         self._input = _first_input(type(layer.module).forward)
         self.training = layer.module.training
+
+    def _hold(self, module: nn.Module) -> None:
+        self.base_layer = module
+
+    def run_base(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base module alone."""
+        return self.base_layer(*args, **kwargs)
 
     # -- adapters by name ----------------------------------------------------------------------------------------
 
@@ -96,17 +156,27 @@ class Site(nn.Module):
         request = routing.current()
         if routing.merged:
             _check_merged(routing, request)
-            return self.base_layer(*args, **kwargs)
-        if request.rows is not None:
-            return self._forward_rows(request, args, kwargs)
-        return self._run(self.chain(request.active), args, kwargs)
+            return self.run_base(*args, **kwargs)
+        try:
+            if request.rows is not None:
+                return self._forward_rows(request, args, kwargs)
+            return self._run(self.chain(request.active), request, args, kwargs)
+        except Exception as error:
+            self._say_where(error, request)
+            raise
 
-    def _run(self, chain: tuple[Adapter, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, chain: tuple[Adapter, ...], request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not chain:
-            return self.base_layer(*args, **kwargs)
+            return self.run_base(*args, **kwargs)
         if len(args) == 1 and not kwargs and all(adapter.additive for adapter in chain):
             return self._run_additive(chain, args[0])
-        return Link(self._layer, chain)(*args, **kwargs)
+        return Link(self, chain, request)(*args, **kwargs)
+
+    def _say_where(self, error: Exception, request: Request) -> None:
+        """Note the site and its adapters on an error that came through, once: at the innermost one."""
+        chain = [f"{name!r} ({type(a).__name__})" for name in request.names() for a in self.chain((name,))]
+        if chain and not isinstance(error, PeftError) and _WHERE not in "".join(getattr(error, "__notes__", ())):
+            error.add_note(f"{_WHERE} {self._layer.path or 'the model itself'}, which has {', '.join(chain)}.")
 
     def _run_additive(self, chain: tuple[Adapter, ...], x: Tensor) -> Tensor:
         """Flat path: the base once, then every delta onto its output; a linear layer's deltas see flat rows."""
@@ -133,7 +203,7 @@ class Site(nn.Module):
         size = first.shape[dim]
         groups = [(self.chain(active), rows) for active, rows in request.groups(size, first.device)]
         if not any(chain for chain, _ in groups):
-            return self.base_layer(*args, **kwargs)
+            return self.run_base(*args, **kwargs)
         for chain, _ in groups:
             for adapter in chain:
                 if not adapter.rowwise:
@@ -142,9 +212,12 @@ class Site(nn.Module):
                         "chosen per row with adapter_names; call the model once per adapter"
                     )
         if len(groups) == 1:
-            return self._run(groups[0][0], args, kwargs)
+            return self._run(groups[0][0], request, args, kwargs)
+        at_once = self._rows_at_once(groups, size, request, args, kwargs)
+        if at_once is not NotImplemented:
+            return at_once
         if len(args) == 1 and not kwargs and all(a.additive for chain, _ in groups for a in chain):
-            out: Tensor = self.base_layer(first)
+            out: Tensor = self.run_base(first)
             for chain, rows in groups:
                 if chain:
                     part, x = out.index_select(dim, rows), first.index_select(dim, rows)
@@ -152,9 +225,35 @@ class Site(nn.Module):
                         part = adapter.accumulate(part, x)  # type: ignore[operator]
                     out = out.index_copy(dim, rows, part)
             return out
-        pieces = [self._run(c, *self._layer.take_rows(args, kwargs, size, r)) for c, r in groups]
+        pieces = []
+        for chain, rows in groups:
+            own = request if request.call is None else replace(request, call=request.call.of_rows(rows, size))
+            pieces.append(self._run(chain, own, *self._layer.take_rows(args, kwargs, size, rows)))
         order = torch.cat([rows for _, rows in groups]).argsort()
         return self._layer.join_rows(pieces, [len(rows) for _, rows in groups], order)
+
+    def _rows_at_once(
+        self,
+        groups: list[tuple[tuple[Adapter, ...], Tensor]],
+        size: int,
+        request: Request,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The method's own batched form, where all the rows' adapters are of one class that has one."""
+        adapters = [chain[0] for chain, _ in groups if chain]
+        kind = type(adapters[0])
+        if kind.forward_rows.__func__ is Adapter.forward_rows.__func__ or any(  # type: ignore[attr-defined]
+            len(chain) > 1 or (chain and type(chain[0]) is not kind) for chain, _ in groups
+        ):
+            return NotImplemented
+        index = torch.full((size,), -1, device=groups[0][1].device)
+        number = 0
+        for chain, rows in groups:
+            if chain:
+                index = index.index_fill(0, rows, number)
+                number += 1
+        return kind.forward_rows(adapters, index, Link(self, (), request), *args, **kwargs)
 
     # -- looking like the base layer -----------------------------------------------------------------------------
 
@@ -194,8 +293,19 @@ def _first_input(forward: Callable[..., Any]) -> str:
 
 
 def _check_merged(routing: Routing, request: Request) -> None:
+    given = request.call.arguments if request.call is not None else {}
+    other = [n for n, v in routing.merged_for.items() if given.get(n) is not None and not _all_equal(given[n], v)]
+    if other:
+        raise RequestError(
+            f"adapters {list(routing.merged)} are merged for {routing.merged_for}, but this call has another "
+            f"{other[0]}; leave it out, or call unmerge_adapter() first"
+        )
     if request.rows is not None or request.active != routing.merged:
         raise RequestError(
             f"adapters {list(routing.merged)} are merged into the base weights, but this call wants "
             f"{list(request.rows or request.active) or 'no adapter'}; call unmerge_adapter() first"
         )
+
+
+def _all_equal(value: Any, wanted: Any) -> bool:
+    return bool((torch.as_tensor(value) == torch.as_tensor(wanted)).all())

@@ -6,6 +6,7 @@ It carries the name and module of the user's class, is made once per class, and 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,18 @@ from torch import nn
 from .routing import Routing, remembering, remembers
 
 BASE_CLASS = "_peft_base_class"
+ARGUMENTS = "_peft_request_arguments"
 
 
-def adapted_class(cls: type) -> type:
-    """The subclass of `cls` with the methods of `PeftModel`."""
-    return cls if hasattr(cls, BASE_CLASS) else _make(cls)
+def adapted_class(cls: type, arguments: tuple[str, ...] = ()) -> type:
+    """The subclass of the user's class with the methods of `PeftModel`; its forward names the request arguments."""
+    return _make(base_class(cls), arguments)
 
 
 @functools.cache
-def _make(cls: type) -> type:
+def _make(cls: type, arguments: tuple[str, ...]) -> type:
     from .model import PeftModel
-    from .overrides import OVERRIDES
+    from .overrides import OVERRIDES, forward_of_request
 
     maker: Any = cls
 
@@ -38,7 +40,12 @@ def _make(cls: type) -> type:
         "__doc__": cls.__doc__,
         "__new__": new,
         BASE_CLASS: cls,
+        ARGUMENTS: arguments,
     }
+    if arguments:
+        override = _with_signature_of(cls.forward, forward_of_request)  # type: ignore[attr-defined]
+        override.__signature__ = _with_arguments(cls.forward, arguments)  # type: ignore[attr-defined]
+        namespace["forward"] = override
     for name, override in OVERRIDES.items():
         if hasattr(cls, name):
             namespace[name] = _with_signature_of(getattr(cls, name), override)
@@ -53,16 +60,26 @@ def _with_signature_of(original: Callable[..., Any], function: Callable[..., Any
     return override
 
 
+def _with_arguments(forward: Callable[..., Any], arguments: tuple[str, ...]) -> inspect.Signature:
+    """The signature of a forward with more keywords: whoever picks a model's inputs by it keeps them."""
+    signature = inspect.signature(forward)
+    found = list(signature.parameters.values())
+    at = next((i for i, p in enumerate(found) if p.kind is p.VAR_KEYWORD), len(found))
+    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in arguments]
+    found[at:at] = [parameter for parameter in more if parameter.name not in signature.parameters]
+    return signature.replace(parameters=found)
+
+
 def base_class(cls: type) -> type:
     """The user's own class."""
     found: type = getattr(cls, BASE_CLASS, cls)
     return found
 
 
-def rebuild(cls: type) -> Any:
+def rebuild(cls: type, arguments: tuple[str, ...] = ()) -> Any:
     """An empty instance for `copy` and `pickle` to fill."""
     make: Any = cls.__new__
-    return make(adapted_class(cls))
+    return make(adapted_class(cls, arguments))
 
 
 def remember_checkpoints(model: nn.Module, routing: Routing | None) -> None:

@@ -1,4 +1,4 @@
-"""transformers' `Trainer`, unmodified: adapters in its resume and best-model steps.
+"""transformers' `Trainer`, unmodified: adapters in its resume and best-model steps, methods at its optimizer's steps.
 
 `Trainer` saves through `model.save_pretrained`, so its checkpoints hold adapters alone; but it reads them
 back only into models of another library. For our models these two steps load the adapters instead; for every
@@ -47,9 +47,30 @@ def _dispatch(module: Any) -> None:
         if not _load_adapters(self, self.state.best_model_checkpoint, self.model):
             best(self)
 
+    make: Callable[..., Any] = trainer.create_optimizer
+
+    @functools.wraps(make)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = make(self, *args, **kwargs)
+        _drive(self)
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
     trainer._load_from_checkpoint = load_from_checkpoint
     trainer._load_best_model = load_best_model
     setattr(trainer, _MARK, True)
+
+
+def _drive(trainer: Any) -> None:
+    """Let the methods of one of our models act at the optimizer's steps, numbered as `Trainer` does."""
+    import torch
+
+    from .model import PeftModel
+    from .training import drive
+
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if isinstance(model, PeftModel) and isinstance(trainer.optimizer, torch.optim.Optimizer):
+        drive(model, trainer.optimizer, step=lambda: int(trainer.state.global_step))
 
 
 def _load_adapters(trainer: Any, directory: str, model: Any) -> bool:

@@ -13,6 +13,9 @@ from .site import Site
 SHARED = "_peft_shared"
 """Child module of the model that holds the adapters' shared tensors."""
 
+ROOT = "_peft_root"
+"""Child module of the model that holds the adapters around the model itself."""
+
 
 @dataclass
 class Tree:
@@ -67,7 +70,11 @@ def walk(model: nn.Module) -> Tree:
         dot = f"{path}." if path else ""
         children = []
         for name, child in module._modules.items():
-            if child is None or (name == SHARED and module is model):
+            if child is None:
+                continue
+            if module is model and name in (SHARED, ROOT):
+                if isinstance(child, Site):
+                    tree.sites[""] = child
                 continue
             base = child
             if isinstance(child, Site):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from peft_core.discovery import METHODS, entries
-from peft_core.planning import plan
+from peft_core.planned import plan
 
 from .behaviour import backward
 from .checks import check, flat, gap, promised

@@ -182,7 +182,7 @@ class Layers(Setup):
         (adapter,) = record(model, "a").adapters
         args, kwargs = case.inputs()
         with torch.no_grad():
-            direct = adapter(Link(site._layer), *args, **kwargs)
+            direct = adapter(Link(site), *args, **kwargs)
         difference = gap(out, direct)
         check(
             difference <= self.tolerance,

@@ -120,7 +120,7 @@ class Merging(Setup):
 def _merge(model: nn.Module, adapter: Any, params: dict[str, Any]) -> dict[str, Any]:
     owner = state(model).record("a")
     merged: dict[str, Any] = hook_results.call(
-        owner.method, "peft_merge", config=owner.config, adapter=adapter, params=params
+        owner.method, "peft_merge", config=owner.config, adapter=adapter, params=params, arguments={}
     )
     return merged
 

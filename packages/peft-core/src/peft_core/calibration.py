@@ -1,0 +1,114 @@
+"""Data for starts that depend on it: batches run through the model, which comes out of it unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .layers import BaseLayer
+from .records import state_of
+from .routing import Request
+
+
+class Batches:
+    """What `peft_calibrate` gets: the user's batches, and ways to see the model work on them.
+
+    Iterate for the batches themselves, or over `inputs` or `gradients`; stop at any time. Each batch is a mapping
+    of the model's arguments, a tuple of them, or one tensor.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], name: str) -> None:
+        self.model = model
+        self._batches = batches
+        self._name = name
+
+    def __iter__(self) -> Iterator[Any]:
+        from tqdm.auto import tqdm
+
+        yield from tqdm(self._batches, desc=f"Calibrating {self._name}", unit="batch", leave=False, disable=None)
+
+    def run(self, batch: Any) -> Any:
+        """The model's output for one batch, without adapters."""
+        if isinstance(batch, Mapping):
+            return self.model(**batch)
+        return self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch)
+
+    def inputs(self, layers: Sequence[BaseLayer]) -> Iterator[dict[str, Tensor]]:
+        """For each batch, the first argument of each layer's call, by path; without gradients.
+
+        A layer that a batch does not reach is left out; of several calls the last one counts.
+        """
+        seen: dict[str, Tensor] = {}
+        handles = []
+        try:
+            for layer in layers:
+                handles.append(layer.module.register_forward_pre_hook(_keep_input(seen, layer.path), with_kwargs=True))
+            for batch in self:
+                seen.clear()
+                with torch.no_grad():
+                    self.run(batch)
+                yield dict(seen)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def gradients(self, layers: Sequence[BaseLayer]) -> Iterator[dict[str, Tensor]]:
+        """For each batch, the gradient of the model's loss for each layer's weight (out, in), by path.
+
+        Raises `ConfigError` where the model's output has no loss.
+        """
+        for batch in self:
+            stored = {layer.path: layer.module.get_parameter("weight") for layer in layers}
+            flags = {path: weight.requires_grad for path, weight in stored.items()}
+            try:
+                for weight in stored.values():
+                    weight.requires_grad_(True)
+                with torch.enable_grad():
+                    output = self.run(batch)
+                    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+                    if not isinstance(loss, Tensor):
+                        raise ConfigError(
+                            "calibration needs the model's loss, and its output has none; put labels into the batches"
+                        )
+                    found = torch.autograd.grad(loss, list(stored.values()), allow_unused=True)
+            finally:
+                for path, weight in stored.items():
+                    weight.requires_grad_(flags[path])
+            gradients = {path: g for path, g in zip(stored, found, strict=True) if g is not None}
+            transposed = {layer.path for layer in layers if getattr(layer, "transposed", False)}
+            yield {path: g.t() if path in transposed else g for path, g in gradients.items()}
+
+
+def _keep_input(seen: dict[str, Tensor], path: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if first is not None:
+            seen[path] = first.detach()
+
+    return hook
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """The base alone in eval mode; modes, gradients and `requires_grad` are put back whatever happens inside."""
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    state = state_of(model)
+    try:
+        model.eval()
+        if state is None:
+            yield
+        else:
+            with state.routing.use(Request()):
+                yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag, gradient in parameters:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
