@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from .backbones import backbone_sites
+    from .backbones import backbone_sites, prefix_sites
     from .banks import Seeded
     from .calibration import Batches
     from .calls import Call
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     )
     from .model import PeftModel, get_peft_model
     from .planned import Plan, plan
+    from .prefixes import PositionShift, PrefixAdapter
     from .prompts import EncoderMask, PromptAdapter
     from .records import AdapterState
     from .site import Link
@@ -117,6 +118,8 @@ __all__ = [
     "PeftError",
     "PeftModel",
     "Plan",
+    "PositionShift",
+    "PrefixAdapter",
     "PromptAdapter",
     "RequestError",
     "Seeded",
@@ -141,6 +144,7 @@ __all__ = [
     "load_method",
     "load_peft_weights",
     "plan",
+    "prefix_sites",
     "refresh",
     "register_method",
     "set_peft_model_state_dict",
@@ -159,7 +163,8 @@ _NAMES = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
-    "backbones": ("backbone_sites",),
+    "backbones": ("backbone_sites", "prefix_sites"),
+    "prefixes": ("PositionShift", "PrefixAdapter"),
     "prompts": ("EncoderMask", "PromptAdapter"),
     "records": ("AdapterState",),
     "calibration": ("Batches",),

@@ -1,0 +1,166 @@
+"""Backbones of transformers: where they are, a call's arguments by name, and outputs without the positions in front."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .architectures import model_type_of, role_names
+from .calls import parameter_names
+from .counted_cache import CACHE_NAMES
+from .errors import TargetError
+from .layers import SiteRequest
+from .tree import walk
+
+
+def backbone_sites(model: nn.Module) -> list[SiteRequest]:
+    """Where virtual tokens go in a model of transformers.
+
+    The backbone; in encoder-decoder models the encoder, and the decoder with `meta["role"]` "decoder" (elsewhere it
+    is "backbone" or "encoder"). Raises `TargetError` where the model does not say what its backbone is.
+    """
+    paths = {id(module): path for path, module in reversed(walk(model).modules)}
+
+    def path_of(module: Any) -> str:
+        return paths[id(getattr(module, "base_layer", module))]
+
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder, decoder = model.get_encoder(), model.get_decoder()  # type: ignore[operator]
+        parts = (("encoder", encoder), ("decoder", decoder))
+        return [SiteRequest(path_of(part), meta={"role": role}) for role, part in parts]
+    backbone = getattr(model, "base_model", None)
+    if not isinstance(backbone, nn.Module):
+        raise TargetError(
+            f"{type(model).__name__} does not say which module is its backbone (base_model); name the site yourself"
+        )
+    return [SiteRequest(path_of(backbone), meta={"role": "backbone"})]
+
+
+def prefix_sites(model: nn.Module, *, cross: bool = False) -> list[SiteRequest]:
+    """Where key/value prefixes go in a model of transformers.
+
+    Its attention modules, with `meta` of `role` "attention", `index` (counted from 0), `kv_heads`, `head_dim` and
+    `cross`; and, with the role "positions", the modules at which the input's positions are shifted (`PositionShift`),
+    if the model has positions. `cross` adds the attention to the encoder.
+
+    Raises `TargetError` where the model's type is not known to `peft_core.architectures`.
+    """
+    tree = walk(model)
+    names = role_names(model_type_of(model), ("attention",))
+    if not names:
+        raise TargetError(
+            f"{type(model).__name__}: which modules are its attention is not known (model type "
+            f"{model_type_of(model)!r}); an extension can tell (peft_architectures), or name the sites yourself"
+        )
+    found = [
+        (path, module)
+        for path, module in tree.modules
+        if (re.fullmatch(names, path) if isinstance(names, str) else path.rpartition(".")[2] in names)
+    ]
+    requests: list[SiteRequest] = []
+    for path, module in found:
+        across = any(word in path.rpartition(".")[2].lower() for word in ("cross", "encdec", "encoder_attn"))
+        if across and not cross:
+            continue
+        heads, width = _shape_of_keys(module, model)
+        meta = {"role": "attention", "index": len(requests), "kv_heads": heads, "head_dim": width, "cross": across}
+        requests.append(SiteRequest(path, meta=meta))
+    positions = [path for path, _ in tree.modules if path.rpartition(".")[2] == "embed_positions"]
+    if not positions:
+        backbones = [request.path for request in backbone_sites(model)]
+        positions = [p for p in backbones if "position_ids" in parameter_names(type(tree.module(p)).forward)]
+    return requests + [SiteRequest(path, part="positions", meta={"role": "positions"}) for path in positions]
+
+
+def _shape_of_keys(module: nn.Module, model: nn.Module) -> tuple[int, int]:
+    """How many heads an attention's keys have, and their dimension: what the module says, or else its config."""
+    config: Any = attribute_of(module, ("config",)) or getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    heads = attribute_of(module, ("num_heads", "n_heads", "num_attention_heads")) or config.num_attention_heads
+    width = attribute_of(module, ("head_dim", "key_value_proj_dim", "attention_head_size", "head_size"))
+    width = width or getattr(config, "head_dim", None) or config.hidden_size // heads
+    own = attribute_of(module, ("num_key_value_heads", "num_kv_heads", "kv_heads"))
+    own = own or getattr(config, "num_key_value_heads", None)
+    if own is None and getattr(config, "multi_query", False):
+        own = 1
+    return int(own or heads), int(width)
+
+
+def attribute_of(module: nn.Module, names: Sequence[str]) -> Any:
+    """The first of these attributes that the module, or one inside, has as its own."""
+    for name in names:
+        for child in module.modules():
+            if vars(child).get(name) is not None:
+                return vars(child)[name]
+    return None
+
+
+def cache_argument(names: Sequence[str]) -> str:
+    """What the cache is called among a forward's arguments; empty where it takes none."""
+    return next((name for name in CACHE_NAMES if name in names), "")
+
+
+def bind(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, the cache under the name that the forward gives it."""
+    given = dict(zip(names, args, strict=False))
+    given.update(kwargs)
+    name = cache_argument(names)
+    for other in CACHE_NAMES:
+        if name and other != name and other not in names and other in given:
+            given[name] = given.pop(other)
+    return given
+
+
+class Cut:
+    """Takes `n` virtual positions off what a backbone returns. `total` is the length with them, where they are new."""
+
+    def __init__(self, n: int, total: int | None) -> None:
+        self.n = n
+        self.total = total
+
+    def output(self, out: Any, module: nn.Module) -> Any:
+        if isinstance(out, Tensor):
+            return self.states(out)
+        if isinstance(out, Mapping):
+            for name in tuple(out):
+                if name == "last_hidden_state" or name == "hidden_states":
+                    out[name] = self.each(out[name], self.states)  # type: ignore[index]
+                elif name == "attentions":
+                    out[name] = self.each(out[name], self.scores)  # type: ignore[index]
+                elif name == "cross_attentions":
+                    out[name] = self.each(out[name], self.queries)  # type: ignore[index]
+            pooler = getattr(module, "pooler", None)
+            if self.total is not None and out.get("pooler_output") is not None and pooler is not None:
+                out["pooler_output"] = pooler(out["last_hidden_state"])  # type: ignore[index]
+            return out
+        if isinstance(out, tuple) and not hasattr(out, "_fields"):
+            return tuple(self.each(value, self.by_shape) for value in out)
+        return out
+
+    def each(self, value: Any, cut: Callable[[Tensor], Tensor]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self.each(one, cut) for one in value)
+        return cut(value) if isinstance(value, Tensor) else value
+
+    def states(self, value: Tensor) -> Tensor:
+        """(batch, length, d)"""
+        return value if self.total is None else value[:, self.n :]
+
+    def scores(self, value: Tensor) -> Tensor:
+        """(batch, heads, queries, keys)"""
+        return value[..., self.n :] if self.total is None else value[..., self.n :, self.n :]
+
+    def queries(self, value: Tensor) -> Tensor:
+        """(batch, heads, queries, keys of another sequence)"""
+        return value if self.total is None else value[..., self.n :, :]
+
+    def by_shape(self, value: Tensor) -> Tensor:
+        if value.dim() == 3 and value.shape[1] == self.total:
+            return self.states(value)
+        if value.dim() == 4:
+            return self.scores(value) if value.shape[-1] == self.total else self.queries(value)
+        return value
