@@ -23,6 +23,7 @@ from peft_core import (
     MethodContractError,
     MethodNotFoundError,
     SiteRequest,
+    Structure,
     available_methods,
     hookimpl,
     load_method,
@@ -179,12 +180,14 @@ REQUEST = SiteRequest("a.b")
 TENSORS = {"weight": torch.zeros(1)}
 CONFIG = AdapterConfig()
 LAYER = BaseLayer.__new__(BaseLayer)
+STRUCTURE = Structure({"a.b": nn.Linear(1, 1)})
 STATE = AdapterState(CONFIG, {"a.b": TENSORS})
 GROUPS = [{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.2}]
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "peft_config": {},
     "peft_match": {"config": None, "path": "a", "module": None, "model": None},
     "peft_resolve": {"config": CONFIG, "model": None, "matched": ()},
+    "peft_structure": {"config": None, "model": None},
     "peft_sites": {"config": None, "model": None, "matched": ()},
     "peft_prepare": {"model": None, "name": "x", "config": None, "layers": [], "shared": None, "trusted": True},
     "peft_build": {"config": None, "layer": None, "shared": None, "model": None, "tensors": None},
@@ -214,6 +217,8 @@ RIGHT: list[tuple[str, Any, Any]] = [
     ("peft_match", None, None),
     ("peft_resolve", CONFIG, CONFIG),
     ("peft_resolve", None, CONFIG),
+    ("peft_structure", STRUCTURE, STRUCTURE),
+    ("peft_structure", None, None),
     ("peft_sites", [REQUEST], [REQUEST]),
     ("peft_sites", (), []),
     ("peft_prepare", None, None),
@@ -238,6 +243,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("peft_match", re.match("a", "a"), "a re.Match"),
     ("peft_match", 1, "1 (int)"),
     ("peft_resolve", {"r": 1}, "a dict that starts with 'r': 1 (int)"),
+    ("peft_structure", {"a.b": nn.Linear(1, 1)}, "a dict that starts with 'a.b': a torch.nn"),
+    ("peft_structure", Structure({"a.b": nn.Linear}), "Structure"),
     ("peft_sites", "a.b", "'a.b' (str)"),
     ("peft_sites", ["a.b"], "a list that starts with 'a.b' (str)"),
     ("peft_sites", REQUEST, "SiteRequest"),

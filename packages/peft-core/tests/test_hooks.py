@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from pathlib import Path
@@ -13,16 +14,19 @@ from torch import nn
 from toys import GainAdapter, GainConfig, SumAdapter, SumConfig, digest, net, plugin, randomise
 
 from peft_core import (
+    AdapterNameError,
     AdapterState,
     BaseLayer,
     CheckpointError,
     CombineError,
     ConfigError,
     LinearLayer,
+    MergeError,
     MethodContractError,
     PeftError,
     PeftModel,
     SiteRequest,
+    Structure,
     TargetError,
     drive,
     get_peft_model,
@@ -415,3 +419,53 @@ def test_hook_peft_param_groups(method):
         model = get_peft_model(net(), method(peft_param_groups=wrong)(target_modules=["up"]))
         with pytest.raises(MethodContractError, match="do not hold each tensor of adapter 'default' once"):
             model.parameter_groups(0.1)
+
+
+def test_hook_peft_structure(method, tmp_path):
+    def peft_structure(config, model):
+        """Runs the first layer twice: the copy shares its weights and gets adapters of its own."""
+        first, second = model.layers[0], model.layers[1]
+        twin = copy.copy(first)
+        twin._modules = {name: copy.copy(child) for name, child in first._modules.items()}
+        return Structure({"layers": nn.ModuleList([first, twin, second])}, config={"layers": 3})
+
+    def model_with_config():
+        model = net()
+        model.config = SimpleNamespace(layers=2)
+        return model
+
+    config = method(peft_structure=peft_structure)(target_modules=["up"])
+    base = model_with_config()
+    expected, before, flags = base(IDS), digest(base), {n: p.requires_grad for n, p in base.named_parameters()}
+    layers = base.layers
+    model = get_peft_model(base, config)
+    assert list(model._peft.sites) == ["layers.0.up", "layers.1.up", "layers.2.up"] and model.config.layers == 3
+    assert model.layers[0].down.weight is model.layers[1].down.weight
+    randomise(model)
+    three = model(IDS)
+    assert not torch.allclose(three, expected, atol=1e-3)
+
+    model.save_pretrained(tmp_path)
+    again = model_with_config()
+    PeftModel.from_pretrained(again, tmp_path)
+    assert torch.equal(again(IDS), three) and again.config.layers == 3
+
+    plain = method()(target_modules=["down"])
+    with pytest.raises(MergeError, match="change of the model's build"):
+        model.merge_and_unload()
+    model.add_adapter("other", plain)
+    with pytest.raises(AdapterNameError, match="delete the others first"):
+        model.delete_adapter("default")
+    assert torch.equal(model(IDS), three)
+    model.unload()
+    assert base.layers is layers and base.config.layers == 2 and torch.equal(base(IDS), expected)
+    assert digest(base) == before and {n: p.requires_grad for n, p in base.named_parameters()} == flags
+
+    get_peft_model(base, plain)
+    before = digest(base)
+    with pytest.raises(TargetError, match="add it first"):
+        base.add_adapter("late", method(peft_structure=peft_structure)(target_modules=["up"]))
+    nowhere = method(peft_structure=lambda: Structure({"nowhere": nn.Linear(1, 1)}))
+    with pytest.raises(TargetError, match="does not have: .'nowhere'"):
+        get_peft_model(net(), nowhere(target_modules=["up"]))
+    assert digest(base) == before

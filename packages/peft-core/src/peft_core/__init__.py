@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from .planned import Plan, plan
     from .prefixes import PositionShift, PrefixAdapter
     from .prompts import EncoderMask, PromptAdapter
-    from .records import AdapterState
+    from .records import AdapterState, Structure
     from .site import Link
     from .tasks import TaskType
     from .training import Drive, drive
@@ -124,6 +124,7 @@ __all__ = [
     "RequestError",
     "Seeded",
     "SiteRequest",
+    "Structure",
     "TargetError",
     "TargetedConfig",
     "TaskType",
@@ -166,7 +167,7 @@ _NAMES = {
     "backbones": ("backbone_sites", "prefix_sites"),
     "prefixes": ("PositionShift", "PrefixAdapter"),
     "prompts": ("EncoderMask", "PromptAdapter"),
-    "records": ("AdapterState",),
+    "records": ("AdapterState", "Structure"),
     "calibration": ("Batches",),
     "calls": ("Call",),
     "combining": ("CombineSource",),

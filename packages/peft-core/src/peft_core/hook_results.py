@@ -127,6 +127,18 @@ def _is_config_object(value: object) -> bool:
     return isinstance(value, AdapterConfig)
 
 
+def _is_structure(value: object) -> bool:
+    from torch import nn
+
+    from .records import Structure
+
+    return value is None or (
+        isinstance(value, Structure)
+        and isinstance(value.modules, Mapping)
+        and all(isinstance(k, str) and isinstance(m, nn.Module) for k, m in value.modules.items())
+    )
+
+
 def _is_sites(value: object) -> bool:
     from .layers import SiteRequest
 
@@ -204,6 +216,7 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "peft_config": ("a subclass of peft_core.AdapterConfig (the class, not an instance)", _is_config),
     "peft_match": ("True, False, or None (the core's own rule)", lambda v: v is None or isinstance(v, bool)),
     "peft_resolve": ("a config, as `config.resolve(...)` gives it", _is_config_object),
+    "peft_structure": ("a peft_core.Structure (modules by path), or None", _is_structure),
     "peft_sites": ("a list of peft_core.SiteRequest", _is_sites),
     "peft_prepare": ("nothing; tensors go into `shared`", lambda v: v is None),
     "peft_build": ("an instance of peft_core.Adapter", _is_adapter),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .combining import CombineSource
     from .config import AdapterConfig
     from .layers import BaseLayer, SiteRequest
-    from .records import AdapterState
+    from .records import AdapterState, Structure
 
 PROJECT = "peft_core"
 
@@ -46,6 +46,13 @@ class MethodSpecs:
 
         The result is what the other hooks see and what is saved; `target_modules` is settled before. `matched`
         are the paths of the modules that `target_modules` or `peft_match` selected.
+        """
+
+    @hookspec(firstresult=True)
+    def peft_structure(self, config: AdapterConfig, model: nn.Module) -> Structure | None:
+        """Return modules to put in place of others before sites are chosen; None to leave the model's build alone.
+
+        `config` is the user's. The change goes when the adapter goes, and is made again when it is loaded.
         """
 
     @hookspec

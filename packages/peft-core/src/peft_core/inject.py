@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
 from .layers import BaseLayer, SiteRequest
@@ -16,6 +19,8 @@ from .tree import ROOT, SHARED, Tree, walk
 def attach(model: nn.Module, state: PeftState, draft: Draft, undo: Undo) -> None:
     """Put a draft's adapters at their sites and record them; `undo` learns how to take it back."""
     record = draft.record
+    if record.structure is not None:
+        _rebuild(model, draft, undo)
     for layer, adapter in zip(draft.layers, record.adapters, strict=True):
         path = layer.request.path
         site = state.sites.get(path)
@@ -56,6 +61,12 @@ def detach(model: nn.Module, state: PeftState, name: str, undo: Undo) -> None:
                 undo.keep(model._modules)
                 del model._modules[ROOT]
             del state.sites[request.path]
+    for parent, attribute, module in record.replaced:
+        undo.keep(parent._modules)
+        parent._modules[attribute] = module
+    if record.config_before:
+        undo.keep(model.config.__dict__)
+        _configure(model, record.config_before)
     undo.keep(model._modules)
     container = model._modules.get(SHARED)
     if container is not None:
@@ -65,6 +76,34 @@ def detach(model: nn.Module, state: PeftState, name: str, undo: Undo) -> None:
             del model._modules[SHARED]
     del state.adapters[name]
     state.note_adapters()
+
+
+def _rebuild(model: nn.Module, draft: Draft, undo: Undo) -> None:
+    """Put the structure's modules at their places, frozen as the base is."""
+    record, structure = draft.record, draft.record.structure
+    assert structure is not None
+    replaced = []
+    for path, module in structure.modules.items():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                undo.add(lambda parameter=parameter: parameter.requires_grad_(True))  # type: ignore[misc]
+                parameter.requires_grad_(False)
+        for parent, attribute in draft.tree.places[id(module)]:
+            if draft.tree.module(path.rpartition(".")[0]) is parent:
+                replaced.append((parent, attribute, parent._modules[attribute]))
+                undo.keep(parent._modules)
+                parent._modules[attribute] = module
+    config: Any = model.config if structure.config else None
+    record.replaced = replaced  # type: ignore[assignment]
+    record.config_before = {name: getattr(config, name) for name in structure.config}
+    if structure.config:
+        undo.keep(config.__dict__)
+        _configure(model, structure.config)
+
+
+def _configure(model: nn.Module, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(model.config, name, value)
 
 
 def _place(model: nn.Module, tree: Tree, layer: BaseLayer, site: Site, state: PeftState, undo: Undo) -> None:

@@ -64,7 +64,7 @@ def install(model: nn.Module, found: Draft, *, trainable: bool, activate: bool, 
     with Undo() as undo:
         undo.keep_state(state)
         if present is None:
-            enter(model, found.tree, state, undo)
+            enter(model, walk(model) if record.structure else found.tree, state, undo)
         if instead is not None:
             detach(model, state, instead, undo)
         attach(model, state, found, undo)
@@ -120,7 +120,7 @@ def leave(model: nn.Module, state: PeftState, undo: Undo) -> None:
     undo.keep(model.__dict__)
     undo.add(lambda: setattr(model, "__class__", cls))
     undo.add(lambda: remember_checkpoints(model, state.routing))
-    for name in list(state.adapters):
+    for name in reversed(list(state.adapters)):  # one that changed the model's build came first, and goes last
         detach(model, state, name, undo)
     remember_checkpoints(model, None)
     thawed = [p for name, p in walk(model).parameters().items() if name in state.thawed]

@@ -145,6 +145,11 @@ def names_to_merge(state: PeftState, names: Sequence[str] | None) -> tuple[str, 
     chosen = state.active if names is None else (names,) if isinstance(names, str) else tuple(names)
     for name in chosen:
         state.record(name)
+    if changed := [record.name for record in state.adapters.values() if record.structure is not None]:
+        raise MergeError(
+            f"adapter {changed[0]!r} came with a change of the model's build, so nothing can be merged: without it the "
+            "model would be built as before"
+        )
     if not chosen:
         raise MergeError("no adapter is active, so there is nothing to merge")
     return chosen

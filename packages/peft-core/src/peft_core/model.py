@@ -238,6 +238,8 @@ class PeftModel(Mergeable, Saveable):
         require_unmerged(state, "delete_adapter")
         if users := state.users_of(adapter_name):
             raise AdapterNameError(f"adapter {adapter_name!r} is part of {users}; delete those first")
+        if state.record(adapter_name).structure is not None and len(state.adapters) > 1:
+            raise AdapterNameError(f"the model is built as adapter {adapter_name!r} wants it; delete the others first")
         with Undo() as undo:
             undo.keep_state(state)
             detach(_module(self), state, adapter_name, undo)

@@ -19,7 +19,7 @@ from .config import AdapterConfig, TargetedConfig
 from .errors import PeftError, TargetError
 from .layers import BaseLayer, SiteRequest, layer_of
 from .methods import Method, load_method
-from .records import AdapterRecord, AdapterState, PeftState, state_of
+from .records import AdapterRecord, AdapterState, PeftState, Structure, state_of
 from .root import RootLayer
 from .saved_modules import SavedModule, saved_module_requests
 from .starts import calibrate, key_of_layer, put, slots_of, unused
@@ -74,8 +74,9 @@ def draft(
         calibration: batches for methods that start from data; what they say of it is `start`.
     """
     method = method or load_method(config.peft_type)
-    tree = walk(model)
     state = state_of(model)
+    structure = _structure(model, state, method, config)
+    tree = walk(model, structure.modules if structure else None)
     for path, site in tree.sites.items():
         if state is None or site._routing is not state.routing:
             raise TargetError(
@@ -90,7 +91,7 @@ def draft(
                 model, tree, state, name, method, start.config, float32=float32, trusted=trusted
             )
     shared = nn.Module()
-    record = AdapterRecord(name, method, config, [layer.request for layer in layers], [], shared)
+    record = AdapterRecord(name, method, config, [layer.request for layer in layers], [], shared, structure=structure)
     result = Draft(record, layers, tree, problems)
     plugged = [layer for layer in layers if not layer.request.copied]
     if problems:
@@ -130,6 +131,22 @@ def draft(
     if not problems:
         record.note_learned()
     return result
+
+
+def _structure(model: nn.Module, state: PeftState | None, method: Method, config: AdapterConfig) -> Structure | None:
+    """What the method wants built otherwise. Raises `TargetError` where that cannot be."""
+    found: Structure | None = hook_results.call(method, "peft_structure", config=config, model=model)
+    if found is None:
+        return None
+    if state is not None and state.adapters:
+        raise TargetError(
+            f"the {method.label} changes the build of the model, which has adapters {list(state.adapters)} already; "
+            "add it first, and the others after it"
+        )
+    present = {path for path, _ in model.named_modules()}
+    if missing := [path for path in found.modules if not path or path not in present]:
+        raise TargetError(f"the {method.label} replaces modules that the model does not have: {missing}")
+    return found
 
 
 def _views(

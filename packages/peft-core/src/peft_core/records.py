@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,6 +31,18 @@ class AdapterState:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Structure:
+    """A change of the model's own build, which an adapter brings with it and which goes with it.
+
+    `modules` take the place of others, by path, and may share parameters with them; `config` are attributes of
+    `model.config` that go with it (the number of layers, say).
+    """
+
+    modules: Mapping[str, nn.Module]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class AdapterRecord:
     """One adapter of a model: its method, its resolved config, and its part at every site.
@@ -45,6 +58,10 @@ class AdapterRecord:
     shared: nn.Module
     trainable: bool = True
     learned: list[tuple[nn.Module, str]] = field(default_factory=list)
+    structure: Structure | None = None
+    replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    """Parent, attribute and module of what stood where the structure's modules are."""
+    config_before: dict[str, Any] = field(default_factory=dict)
 
     def note_learned(self) -> None:
         """Note which tensors train: those that require gradients as they were built."""

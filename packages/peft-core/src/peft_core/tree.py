@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -56,8 +56,11 @@ class Tree:
         return dict(self.modules)
 
 
-def walk(model: nn.Module) -> Tree:
-    """Walk once. A module registered twice is listed under each path, its children under the first."""
+def walk(model: nn.Module, instead: Mapping[str, nn.Module] | None = None) -> Tree:
+    """Walk once. A module registered twice is listed under each path, its children under the first.
+
+    `instead` gives modules that are to be seen at some paths in place of those that are there.
+    """
     tree = Tree()
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module]] = [("", model)]
@@ -76,6 +79,7 @@ def walk(model: nn.Module) -> Tree:
                 if isinstance(child, Site):
                     tree.sites[""] = child
                 continue
+            child = (instead or {}).get(dot + name, child)
             base = child
             if isinstance(child, Site):
                 tree.sites[dot + name] = child
