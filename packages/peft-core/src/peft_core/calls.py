@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .counted_cache import CACHE_NAMES
 from .errors import RequestError
 
 
@@ -47,7 +48,7 @@ class Call:
         self.carried: dict[Any, Any] = outer.carried if outer else {}
         self.scratch: dict[Any, Any] = {}
         self.losses: dict[str, Tensor] = {}
-        self.past_length = _length(inputs.get("past_key_values"))
+        self.past_length = _length(next((inputs[n] for n in CACHE_NAMES if inputs.get(n) is not None), None))
         self._part: tuple[Tensor, int] | None = None
 
     @property
