@@ -31,10 +31,13 @@ def backbone_sites(model: nn.Module) -> list[SiteRequest]:
         encoder, decoder = model.get_encoder(), model.get_decoder()  # type: ignore[operator]
         parts = (("encoder", encoder), ("decoder", decoder))
         return [SiteRequest(path_of(part), meta={"role": role}) for role, part in parts]
-    backbone = getattr(model, "base_model", None)
-    if not isinstance(backbone, nn.Module):
+    backbone = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if backbone is None or backbone is model:
+        backbone = getattr(model, "base_model", None)
+    if not isinstance(backbone, nn.Module) or id(getattr(backbone, "base_layer", backbone)) not in paths:
         raise TargetError(
-            f"{type(model).__name__} does not say which module is its backbone (base_model); name the site yourself"
+            f"{type(model).__name__} does not say which module is its backbone (get_decoder, base_model); name the "
+            "site yourself"
         )
     return [SiteRequest(path_of(backbone), meta={"role": "backbone"})]
 
@@ -85,6 +88,8 @@ def _shape_of_keys(module: nn.Module, model: nn.Module) -> tuple[int, int]:
     width = width or getattr(config, "head_dim", None) or config.hidden_size // heads
     own = attribute_of(module, ("num_key_value_heads", "num_kv_heads", "kv_heads"))
     own = own or getattr(config, "num_key_value_heads", None)
+    if getattr(config, "new_decoder_architecture", False):  # Falcon caches keys once for every head
+        own = heads
     if own is None and getattr(config, "multi_query", False):
         own = 1
     return int(own or heads), int(width)

@@ -54,6 +54,8 @@ class PrefixAdapter(Adapter):
                 "keys and values reach an attention module through its cache, and its mask must be extended; this "
                 f"module's forward takes {list(self._names)}"
             )
+        if self._mask == "attention_mask" and "position_bias" in self._names:
+            raise layer.refuse("its mask is true where nothing is seen (as MPT's), which cannot be extended safely")
         self._causal = is_causal(layer.module)
 
     def key_values(self, batch: int, base: Link) -> tuple[Tensor, Tensor]:
@@ -102,6 +104,11 @@ class PrefixAdapter(Adapter):
         elif visible is not None or (self._causal and not self.cross and hidden.shape[1] > 1):
             given[self._mask] = self._explicit(hidden, real, columns, visible is not None)
         if (alibi := given.get("alibi")) is not None:
+            if alibi.dim() != 3:
+                raise RequestError(
+                    f"{self.layer.path}: biases by distance are part of this model's mask, which cannot be extended by "
+                    "keys of other distances"
+                )
             given["alibi"] = _more_alibi(alibi, n, hidden.shape[0])
         prefix = PrefixCache(real, keys, values, self.layer.path)
         given[self._cache] = _with_part(cache, prefix, self.cross) if pair else prefix
