@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft_core.errors import RequestError
 from peft_core.routing import BASE
 from peft_core.site import Site
 
 from .checks import check, gap, refused, same
-from .models import TinyNet, token_ids
-from .setup import Setup, record, run, state, tensors, trained, weights
+from .models import token_ids
+from .setup import Setup, record, state, tensors, weights
 
 
 class Behaviour(Setup):
@@ -22,10 +22,10 @@ class Behaviour(Setup):
     def test_start_equals_base(self) -> None:
         """A new adapter leaves the model's function as it was, or the method says that it does not."""
         x = token_ids()
-        expected = run(self.base(), x)
+        expected = self.run(self.base(), x)
         model = self.adapted(random=False)
         if all(adapter.starts_as_base for adapter in record(model, "a").adapters):
-            difference = gap(run(model, x), expected)
+            difference = gap(self.run(model, x), expected)
             check(
                 difference <= self.tolerance,
                 "an adapter at its start leaves the base's output unchanged",
@@ -36,7 +36,7 @@ class Behaviour(Setup):
     def test_active_adapter_changes_the_output(self) -> None:
         """An adapter with trained values acts."""
         x = token_ids()
-        difference = gap(run(self.adapted(), x), run(self.base(), x))
+        difference = gap(self.run(self.adapted(), x), self.run(self.base(), x))
         check(
             1e-6 < difference < float("inf"),
             "an active adapter with random values gives another, finite output than the base",
@@ -47,14 +47,14 @@ class Behaviour(Setup):
     def test_disabled_is_the_base(self) -> None:
         """Switching adapters off gives the base, bit for bit; switching on gives the adapter again."""
         x = token_ids()
-        expected = run(self.base(), x)
+        expected = self.run(self.base(), x)
         model = self.adapted()
-        active = run(model, x)
+        active = self.run(model, x)
         with model.disable_adapter():
-            off = run(model, x)
+            off = self.run(model, x)
             with model.disable_adapter():
-                nested = run(model, x)
-            still = run(model, x)
+                nested = self.run(model, x)
+            still = self.run(model, x)
         check(
             same(off, expected) and same(nested, expected) and same(still, expected),
             "inside `disable_adapter()` the model computes the base bit for bit",
@@ -62,7 +62,7 @@ class Behaviour(Setup):
             "peft_build / Adapter.__init__: an adapter must not write into the base layer",
         )
         check(
-            same(run(model, x), active),
+            same(self.run(model, x), active),
             "after `disable_adapter()` the adapter acts as before",
             "the output changed",
             "Adapter.forward: state kept between calls",
@@ -72,9 +72,9 @@ class Behaviour(Setup):
         """A call in eval mode leaves nothing behind that a later call could see."""
         model = self.adapted()
         before = tensors(model, "a")
-        first = run(model, token_ids())
-        run(model, token_ids(rows=3, seed=5))
-        again = run(model, token_ids())
+        first = self.run(model, token_ids())
+        self.run(model, token_ids(rows=3, seed=5))
+        again = self.run(model, token_ids())
         check(
             same(first, again),
             "the same input gives the same output, whatever was computed in between",
@@ -90,81 +90,18 @@ class Behaviour(Setup):
             "Adapter.forward: in-place operations (add_, copy_ ...)",
         )
 
-    # -- gradients -------------------------------------------------------------------------------------------
-
-    def test_gradients_reach_the_adapter_alone(self) -> None:
-        """Backward fills every trained tensor, and no tensor of the base."""
-        model = self.adapted()
-        backward(model(token_ids()))
-        parameters = trained(model, "a")
-        check(
-            parameters,
-            "an adapter has something to train",
-            "no trained tensor",
-            "Adapter.__init__, peft_prepare",
-        )
-        missing = [name for name, p in parameters.items() if p.grad is None or not p.grad.isfinite().all()]
-        missing += [name for name, p in parameters.items() if p.grad is not None and not p.grad.any()]
-        check(
-            not missing,
-            "gradients reach every trained tensor of the adapter",
-            f"none, zero or not finite: {missing}",
-            "Adapter.forward: a tensor that is not used, or a .detach() / no_grad on its way; a tensor that is "
-            "never trained is marked with requires_grad_(False) in __init__",
-        )
-        own = {id(p) for p in parameters.values()}
-        leaked = [
-            n for n, p in model.named_parameters() if id(p) not in own and (p.requires_grad or p.grad is not None)
-        ]
-        check(
-            not leaked,
-            "no tensor of the base trains",
-            f"with gradients: {leaked}",
-            "peft_build / peft_prepare: base parameters registered with, or switched on by, the adapter",
-        )
-
-    def test_gradients_are_the_derivative(self) -> None:
-        """Gradients agree with finite differences along a random direction of all trained tensors."""
-        if not self.exact_gradients:
-            return
-        # Without the padding token: an embedding's row for it acts, and by torch's rule never gets a gradient.
-        model, x = self.adapted(), token_ids(padding=False)
-        parameters = list(trained(model, "a").values())
-        backward(model(x))
-        generator = torch.Generator().manual_seed(7)
-        direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
-        by_autograd = sum(
-            float((p.grad * d).sum()) for p, d in zip(parameters, direction, strict=True) if p.grad is not None
-        )
-        # Central differences: an error of step² = 1e-10 from the maths, of 1e-16/step = 1e-11 from rounding.
-        step, values = 1e-5, []
-        for sign in (1, -1):
-            with torch.no_grad():
-                for p, d in zip(parameters, direction, strict=True):
-                    p.add_(d, alpha=sign * step)
-                values.append(float(loss(model(x))))
-                for p, d in zip(parameters, direction, strict=True):
-                    p.sub_(d, alpha=sign * step)
-        by_difference = (values[0] - values[1]) / (2 * step)
-        check(
-            abs(by_autograd - by_difference) <= 1e-5 * max(1.0, abs(by_difference)),
-            "gradients are the derivative of what the forward computes",
-            f"autograd says {by_autograd:.8g}, finite differences say {by_difference:.8g}",
-            "a custom backward, or a .detach(); if detaching is the method's design, set `exact_gradients = False`",
-        )
-
     # -- several adapters ------------------------------------------------------------------------------------
 
     def test_switch_stack_delete(self) -> None:
         """Adapters of one method live side by side: each acts alone, several act together, one goes without a
         trace."""
         x = token_ids()
-        base = run(self.base(), x)
-        alone = {name: run(self.adapted(name), x) for name in ("a", "b")}
+        base = self.run(self.base(), x)
+        alone = {name: self.run(self.adapted(name), x) for name in ("a", "b")}
         model = self.adapted("a", "b")
         for name in ("b", "a"):
             model.set_adapter(name)
-            difference = gap(run(model, x), alone[name])
+            difference = gap(self.run(model, x), alone[name])
             check(
                 difference <= self.tolerance,
                 "an adapter computes the same whether or not others are on the model",
@@ -172,7 +109,7 @@ class Behaviour(Setup):
                 "peft_prepare / Adapter.__init__: state shared between adapters of different names",
             )
         model.set_adapter(["a", "b"])
-        stacked = run(model, x)
+        stacked = self.run(model, x)
         closest = min(gap(stacked, other) for other in (alone["a"], alone["b"], base))
         check(
             closest > 1e-6,
@@ -183,17 +120,17 @@ class Behaviour(Setup):
         model.set_adapter("a")
         model.delete_adapter("b")
         check(
-            gap(run(model, x), alone["a"]) <= self.tolerance and list(model.peft_config) == ["a"],
+            gap(self.run(model, x), alone["a"]) <= self.tolerance and list(model.peft_config) == ["a"],
             "deleting an adapter leaves the others as they were",
-            f"the output differs by {gap(run(model, x), alone['a']):.2g}; adapters: {list(model.peft_config)}",
+            f"the output differs by {gap(self.run(model, x), alone['a']):.2g}; adapters: {list(model.peft_config)}",
             "peft_prepare: state shared between adapters of different names",
         )
         model.delete_adapter("a")
         left = [name for name, module in model.named_modules() if isinstance(module, Site)]
         check(
-            same(run(model, x), base) and not left,
+            same(self.run(model, x), base) and not left,
             "after the last adapter is deleted the model is the base, bit for bit",
-            f"the output differs by {gap(run(model, x), base):.2g}; sites left: {left}",
+            f"the output differs by {gap(self.run(model, x), base):.2g}; sites left: {left}",
             "peft_build / Adapter.__init__: an adapter must not write into the base layer",
         )
 
@@ -201,15 +138,15 @@ class Behaviour(Setup):
         """An adapter that does nothing yet does nothing to the adapters it is stacked with."""
         x = token_ids()
         model = self.adapted("a")
-        expected = run(model, x)
+        expected = self.run(model, x)
         with torch.random.fork_rng(devices=[]):
-            model.add_adapter("new", self.configure(TinyNet.targets(self.layer_kinds)))
+            model.add_adapter("new", self.configure(self.targets()))
         model.eval()
         model.set_adapter("new")
-        alone = run(model, x)
+        alone = self.run(model, x)
         for order in (["a", "new"], ["new", "a"]):
             model.set_adapter(order)
-            out = run(model, x)
+            out = self.run(model, x)
             look = (
                 "Adapter.forward / merge: start from `base(...)` or `base.params()`, never from the layer's own "
                 "weights or module, or the adapters further in are lost"
@@ -239,14 +176,14 @@ class Behaviour(Setup):
                 "a method whose rows depend on each other refuses `adapter_names`",
                 "`rowwise` on the adapter's class",
             ):
-                model(x, adapter_names=names)
+                model(x, adapter_names=names, **self.call_arguments(len(names)))
             return
-        mixed = run(model, x, adapter_names=names)
-        expected = run(self.base(), x)
+        mixed = self.run(model, x, adapter_names=names)
+        expected = self.run(self.base(), x)
         for name in ("a", "b"):
             model.set_adapter(name)
             rows = [index for index, wanted in enumerate(names) if wanted == name]
-            expected[rows] = run(model, x)[rows]
+            expected[rows] = self.run(model, x)[rows]
         difference = gap(mixed, expected)
         check(
             difference <= self.tolerance,
@@ -269,7 +206,7 @@ class Behaviour(Setup):
         model = self.adapted(base=base)
         model.train()
         base.blocks[0].eval()
-        model(token_ids())
+        self.call(model, token_ids())
         model.unload()
         check(
             type(base) is kind and not hasattr(base, "_peft"),
@@ -295,27 +232,16 @@ class Behaviour(Setup):
 
     def test_config_is_left_alone(self) -> None:
         """The config object the user passed is read, never written."""
-        config = self.configure(TinyNet.targets(self.layer_kinds))
+        config = self.configure(self.targets())
         before = config.to_json()
         model = self.adapted(config=config)
-        run(model, token_ids())
+        self.run(model, token_ids())
         check(
             config.to_json() == before and state(model).record("a").config is not None,
             "using a config does not change it",
             f"before {before}, after {config.to_json()}",
             "peft_prepare / peft_build",
         )
-
-
-def loss(output: Tensor) -> Tensor:
-    """A scalar in which every output has a weight of its own."""
-    generator = torch.Generator().manual_seed(3)
-    return (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)).sum()
-
-
-def backward(output: Tensor) -> None:
-    """Gradients of that scalar."""
-    torch.autograd.backward(loss(output))
 
 
 def _looks(model: nn.Module) -> dict[str, Any]:

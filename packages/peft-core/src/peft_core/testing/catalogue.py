@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models import INNER, VOCABULARY, WIDTH
+from .models import INNER, VOCABULARY, WIDTH, Block
 
 ROWS = 4
 
@@ -145,6 +145,8 @@ def _cases() -> list[Case]:
         Case("attention-wide-keys", "attention", _attention(kdim=INNER, vdim=INNER), (ROWS, 5, WIDTH), _wide),
         Case("norm-layer", "norm", lambda: nn.LayerNorm(WIDTH), (ROWS, 3, WIDTH)),
         Case("norm-rms", "norm", lambda: nn.RMSNorm(WIDTH), (ROWS, 3, WIDTH)),
+        Case("block", "block", Block, (ROWS, 3, WIDTH)),
+        Case("block-keywords", "block", Block, (ROWS, 3, WIDTH), lambda x: ((x,), {"scale": 0.5})),
     ]
     return linear + conv + other
 
@@ -154,4 +156,5 @@ def _attention(**options: Any) -> Callable[[], nn.Module]:
 
 
 CASES: dict[str, Case] = {case.name: case for case in _cases()}
-KINDS: frozenset[str] = frozenset(case.kind for case in CASES.values())
+# "model" has no case: such a method is proved on whole models.
+KINDS: frozenset[str] = frozenset(case.kind for case in CASES.values()) | {"model"}

@@ -2,46 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import CodeType, TracebackType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Test = TypeVar("Test", bound=Callable[..., Any])
+
+# Packages whose lines are not the plugin's: an error is blamed on the last line that is outside of them.
+_LIBRARIES = frozenset(
+    {
+        "peft_core", "torch", "pluggy", "pydantic", "pydantic_core", "safetensors", "transformers", "accelerate",
+        "numpy", "pytest", "_pytest", "wrapt", "regex",
+        *sys.stdlib_module_names,
+    }
+)  # fmt: skip
+_LONGEST = 3000
+
+
+class BrokenPromise(AssertionError):
+    """A promise of the contract that a method does not keep. The message has three parts."""
+
+    def __init__(self, promise: str, seen: str, look: str) -> None:
+        super().__init__(f"\n  promise: {promise or 'an adapted model runs'}\n  seen:    {seen}\n  look at: {look}")
+        self.seen, self.look = seen, look
+        self.vague = not promise
+
 
 def check(kept: object, promise: str, seen: str, look: str) -> None:
-    """Fail with a message in three parts where a promise is not kept."""
+    """Raise `BrokenPromise` where a promise is not kept."""
     __tracebackhide__ = True
     if not kept:
-        raise AssertionError(f"\n  promise: {promise}\n  seen:    {seen}\n  look at: {look}")
+        raise BrokenPromise(promise, seen, look)
 
 
 @contextmanager
-def promised(promise: str, look: str) -> Iterator[None]:
-    """Turn an exception inside the block into a broken promise; the exception stays as the cause."""
+def promised(promise: str, look: str = "") -> Iterator[None]:
+    """Turn an exception inside the block into a broken promise; the exception stays as the cause.
+
+    `look` says where to look in general; the line of the plugin that raised is put in front of it. An empty promise
+    is filled in by the next block further out.
+    """
     __tracebackhide__ = True
     try:
         yield
-    except AssertionError:
+    except BrokenPromise as error:
+        if error.vague:
+            raise BrokenPromise(promise, error.seen, error.look) from error.__cause__
         raise
     except Exception as error:
-        seen = f"{type(error).__name__}: {error}"
-        raise AssertionError(f"\n  promise: {promise}\n  seen:    {seen}\n  look at: {look}") from error
+        raise BrokenPromise(promise, _described(error), _located(error, look)) from error
 
 
 @contextmanager
 def refused(kind: type[Exception], promise: str, look: str) -> Iterator[None]:
-    """Fail unless the block raises `kind`."""
+    """Raise `BrokenPromise` unless the block raises `kind`."""
     __tracebackhide__ = True
     try:
         yield
+    except BrokenPromise:
+        raise
     except kind:
         return
     except Exception as error:
-        seen = f"{type(error).__name__}: {error}"
-        raise AssertionError(f"\n  promise: {promise}\n  seen:    {seen}\n  look at: {look}") from error
-    check(False, promise, f"no {kind.__name__}", look)
+        raise BrokenPromise(promise, _described(error), _located(error, look)) from error
+    raise BrokenPromise(promise, f"no {kind.__name__}", look)
+
+
+def explained(test: Test) -> Test:
+    """Whatever a test of the suite raises is a broken promise: that of its docstring, where it says no other."""
+    promise = " ".join((inspect.getdoc(test) or test.__name__).partition("\n\n")[0].split())
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        with promised(promise):
+            return test(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+# -- exceptions --------------------------------------------------------------------------------------------------
+
+
+def _described(error: BaseException) -> str:
+    notes = getattr(error, "__notes__", ())  # Python 3.11: which hook was called
+    text = "\n".join([f"{type(error).__name__}: {error}", *notes])
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def _located(error: BaseException, look: str) -> str:
+    """The plugin's line that raised, and the general hint."""
+    place = None
+    cause: BaseException | None = error
+    while cause is not None and place is None:
+        place = _plugins_line(cause.__traceback__)
+        cause = cause.__cause__
+    nowhere = "" if look else "the hook that the message names; no line of the plugin itself raised"
+    return "; ".join(part for part in (place, look, "" if place else nowhere) if part)
+
+
+def _plugins_line(traceback: TracebackType | None) -> str | None:
+    found = None
+    while traceback is not None:
+        frame = traceback.tb_frame
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] not in _LIBRARIES:
+            name = _qualified(frame.f_code, frame.f_locals)
+            found = f"{name} ({frame.f_code.co_filename}, line {traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    return found
+
+
+def _qualified(code: CodeType, local: Mapping[str, Any]) -> str:
+    if hasattr(code, "co_qualname"):  # Python 3.11
+        return str(code.co_qualname)
+    return f"{type(local['self']).__name__}.{code.co_name}" if "self" in local else code.co_name
+
+
+# -- outputs -----------------------------------------------------------------------------------------------------
 
 
 def flat(value: Any) -> list[Tensor]:
@@ -53,6 +138,11 @@ def flat(value: Any) -> list[Tensor]:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return [tensor for item in value for tensor in flat(item)]
     return []
+
+
+def kinds(value: Any) -> Any:
+    """What an output is made of, for a message: shapes and dtypes of its tensors, or the output's type."""
+    return [(tuple(t.shape), t.dtype) for t in flat(value)] or type(value).__name__
 
 
 def same(one: Any, other: Any) -> bool:

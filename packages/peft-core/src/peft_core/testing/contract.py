@@ -7,12 +7,14 @@ import pytest
 from .behaviour import Behaviour
 from .features import Features
 from .files import Files
+from .gradients import Gradients
+from .language import LanguageModel
 from .layers import Layers
 from .merging import Merging
 
 
 @pytest.mark.filterwarnings("error")
-class MethodContract(Behaviour, Merging, Files, Layers, Features):
+class MethodContract(Behaviour, Gradients, Merging, Files, Layers, Features, LanguageModel):
     """Everything the core promises its users in a method's name.
 
     The author of a method writes one short class per config worth proving, in a file that pytest collects:

@@ -1,9 +1,7 @@
-"""Promises about living with torch: checkpointing, half precision, compile; with transformers; and with
-imports."""
+"""Promises about living with torch: checkpointing, half precision, compile; and about imports."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,10 +14,10 @@ import torch
 from peft_core.discovery import METHODS, entries
 from peft_core.planned import plan
 
-from .behaviour import backward
 from .checks import check, flat, gap, promised
-from .models import TIME, TinyNet, token_ids
-from .setup import Setup, record, run, trained
+from .gradients import backward, without_gradient
+from .models import token_ids
+from .setup import Setup, trained
 
 HEAVY = (
     "transformers",
@@ -44,10 +42,10 @@ class Features(Setup):
         grads = []
         for model in (plain, twin):
             with promised(f"forward and backward run under {kind} checkpointing", "Adapter.forward"):
-                backward(model(token_ids()))
+                backward(self.call(model, token_ids()))
             # Through the reentrant kind no gradient comes out at the model's start: the embedding gets none.
             grads.append({n: p.grad for n, p in trained(model, "a").items() if not n.startswith("embedding.")})
-        missing = [name for name, grad in grads[1].items() if grad is None]
+        missing = [name for name, grad in grads[0].items() if grad is not None and grads[1][name] is None]
         worst = max((gap(grads[1][n], grad) for n, grad in grads[0].items() if grads[1][n] is not None), default=0.0)
         check(
             not missing and worst <= self.tolerance,
@@ -68,7 +66,7 @@ class Features(Setup):
             "Adapter.__init__: allocate with layer.parameter(...)",
         )
         with promised("forward and backward run on a bfloat16 base", "Adapter.forward: as_compute(tensor, x)"):
-            out = model(x)
+            out = self.call(model, x)
             backward(out)
         check(
             out.dtype == torch.bfloat16 and bool(out.isfinite().all()),
@@ -76,17 +74,15 @@ class Features(Setup):
             f"{out.dtype}, finite: {bool(out.isfinite().all())}",
             "Adapter.forward: cast the adapter's tensors to the dtype of x or of the output, never the other way",
         )
-        bad = [
-            name for name, p in trained(model, "a").items()
-            if p.grad is None or p.grad.dtype != torch.float32 or not p.grad.isfinite().all()
-        ]  # fmt: skip
+        bad = without_gradient(model, self.unused)
+        bad += [n for n, p in trained(model, "a").items() if p.grad is not None and p.grad.dtype != torch.float32]
         check(not bad, "gradients on a bfloat16 base are float32 and finite", f"{bad}", "Adapter.forward")
         # The same numbers in float64. A unit of bfloat16 is 2⁻⁸; a dozen roundings, which partly cancel, are
         # allowed.
         exact = self.adapted(base=self.base(torch.bfloat16).double())
         for name, tensor in trained(exact, "a").items():
             tensor.data.copy_(trained(model, "a")[name])
-        difference = gap(out, run(exact, x))
+        difference = gap(out, self.run(exact, x))
         check(
             difference <= 12 * 2**-8,
             "on a bfloat16 base the adapter computes the same, up to bfloat16's rounding",
@@ -101,9 +97,9 @@ class Features(Setup):
             "forward and backward run under autocast", "Adapter.forward: dtypes that differ within a product"
         ):
             with torch.autocast("cpu", torch.bfloat16):
-                out = model(token_ids())
+                out = self.call(model, token_ids())
             backward(out.float())
-        bad = [n for n, p in trained(model, "a").items() if p.grad is None or not p.grad.isfinite().all()]
+        bad = without_gradient(model, self.unused)
         check(not bad, "gradients under autocast are there and finite", f"{bad}", "Adapter.forward")
 
     def test_compile(self) -> None:
@@ -116,7 +112,9 @@ class Features(Setup):
                 "Adapter.forward: Python that depends on tensor values, attributes written in forward, foreign code",
             ):
                 compiled: Any = torch.compile(twin, fullgraph=True, backend="aot_eager")
-                outs = [model(token_ids()) for model in (eager, compiled)]
+                x = token_ids()
+                arguments = self.arguments(twin, (x,), None)
+                outs = [model(x, **arguments) for model in (eager, compiled)]
                 for out in outs:
                     backward(out)
         finally:
@@ -132,7 +130,7 @@ class Features(Setup):
 
     def test_plan_counts(self) -> None:
         """`plan` says beforehand, without allocating anything, how many parameters will train."""
-        config = self.configure(TinyNet.targets(self.layer_kinds))
+        config = self.configure(self.targets())
         with promised("the method can be planned on the meta device", "peft_build: device of what it allocates"):
             planned = plan(self.base().to("meta"), config)
         seen = sum(p.numel() for p in trained(self.adapted(config=config), "a").values())
@@ -186,86 +184,3 @@ class Features(Setup):
             f"the package's __init__: re-export lazily (PEP 562); the imports of {module}; or name what the method "
             "needs in `siblings`",
         )
-
-    # -- a language model ------------------------------------------------------------------------------------
-
-    def test_language_model(self) -> None:
-        """A transformers Llama: generation, rows of their own, gradient checkpointing, merging."""
-        if "linear" not in self.layer_kinds or not importlib.util.find_spec("transformers"):
-            return
-        config = self.configure(["q_proj", "v_proj", "down_proj"])
-        model = self.adapted("a", "b", base=_llama(), config=config)
-        ids = token_ids(rows=3, seed=2)
-        look = "Adapter.forward: it is called with any number of positions, one at a time while generating"
-        with promised("an adapted language model generates", look):
-            tokens = {"a": _generate(model, ids)}
-            model.set_adapter("b")
-            tokens["b"] = _generate(model, ids)
-            model.set_adapter("a")
-        if all(adapter.rowwise for adapter in record(model, "a").adapters):
-            mixed = _generate(model, ids, adapter_names=["a", "b", "a"])
-            check(
-                bool((mixed[0] == tokens["a"][0]).all() and (mixed[1] == tokens["b"][1]).all()),
-                "`generate(adapter_names=...)` gives each row the tokens of its own adapter",
-                f"{mixed[:2].tolist()} for {[tokens['a'][0].tolist(), tokens['b'][1].tolist()]}",
-                look,
-            )
-        plain = self._gradients(model, ids)
-        # The name since transformers 5.24, and the one before.
-        for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
-            if hasattr(model, name):
-                getattr(model, name)({"use_reentrant": False})
-                break
-        again = self._gradients(model.train(), ids)
-        worst = max(gap(again[name], grad) for name, grad in plain.items())
-        check(
-            worst <= self.tolerance,
-            "gradient checkpointing of a language model changes no gradient",
-            f"gradients differ by {worst:.2g}",
-            "Adapter.forward: it runs twice, so it must not depend on how often it ran",
-        )
-        if self.mergeable:
-            merged = _generate(model.eval().merge_and_unload(), ids)
-            check(
-                bool((merged == tokens["a"]).all()),
-                "a merged language model generates the tokens of the adapted one",
-                f"{merged.tolist()} for {tokens['a'].tolist()}",
-                "Adapter.merge",
-            )
-
-    def _gradients(self, model: Any, ids: torch.Tensor) -> dict[str, Any]:
-        model.zero_grad()
-        backward(model(ids, use_cache=False).logits)
-        return {name: p.grad for name, p in trained(model, "a").items()}
-
-
-def _llama() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from .models import seeded
-
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-        initializer_range=0.5,
-        attention_bias=True,
-        mlp_bias=True,
-    )
-    return seeded(lambda: LlamaForCausalLM(config))
-
-
-def _generate(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Three more tokens for rows of TIME tokens."""
-    mask = torch.ones_like(ids)
-    with torch.no_grad():
-        out: torch.Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, **kwargs)
-    assert out.shape[1] == TIME + 3
-    return out

@@ -17,8 +17,8 @@ from peft_core.errors import ConfigError
 from peft_core.model import PeftModel
 
 from .checks import check, gap, promised, refused, same
-from .models import TinyNet, token_ids
-from .setup import Setup, fixed_seed, record, run, state, tensors, trained, weights
+from .models import token_ids
+from .setup import Setup, fixed_seed, record, state, tensors, trained, weights
 
 
 class Files(Setup):
@@ -29,7 +29,7 @@ class Files(Setup):
         output."""
         x = token_ids()
         model = self.adapted("a")
-        before, expected, base = tensors(model, "a"), run(model, x), weights(model)
+        before, expected, base = tensors(model, "a"), self.run(model, x), weights(model)
         with promised("an adapter can be saved", "Adapter.state / peft_state_key"):
             model.save_pretrained(tmp_path, selected_adapters=["a"])
         fresh = self.base()
@@ -53,9 +53,9 @@ class Files(Setup):
             "Adapter.slots / load_state; tensors that are made from a seed are buffers (saved) or made from the config",
         )
         check(
-            same(run(fresh, x), expected),
+            same(self.run(fresh, x), expected),
             "a loaded adapter computes what the saved one computed, bit for bit",
-            f"outputs differ by {gap(run(fresh, x), expected):.2g}",
+            f"outputs differ by {gap(self.run(fresh, x), expected):.2g}",
             "something that acts is not saved: plain attributes drawn at random, unregistered tensors",
         )
         written = [name for name, tensor in weights(fresh).items() if not same(tensor, base[name])]
@@ -139,11 +139,11 @@ class Files(Setup):
         x = token_ids()
         model = self.adapted("a", "b")
         model.set_adapter("a")
-        expected = run(model, x)
+        expected = self.run(model, x)
         look = "Adapter: attributes that cannot be copied, or that point to the original model"
         with promised(f"an adapted model survives {how}", look):
             twin = duplicate(model)
-            out = run(twin, x)
+            out = self.run(twin, x)
         check(
             same(out, expected),
             f"a model after {how} computes the same",
@@ -157,9 +157,9 @@ class Files(Setup):
                 parameter.zero_()
         twin.set_adapter("b")
         check(
-            same(run(model, x), expected),
+            same(self.run(model, x), expected),
             f"changing a model made by {how} leaves the original alone",
-            f"the original's output differs by {gap(run(model, x), expected):.2g}",
+            f"the original's output differs by {gap(self.run(model, x), expected):.2g}",
             look,
         )
 
@@ -167,7 +167,7 @@ class Files(Setup):
 
     def test_config_round_trip(self) -> None:
         """A config goes through JSON unchanged, is frozen, and knows its own fields."""
-        for config in (self.config, self.configure(TinyNet.targets(self.layer_kinds))):
+        for config in (self.config, self.configure(self.targets())):
             kind: type[AdapterConfig] = type(config)
             text = config.to_json()
             with promised("a config can be read from its own JSON", "the config class: field types"):

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from peft_core.errors import MergeError, TargetError
 from peft_core.model import get_peft_model
@@ -15,9 +14,10 @@ from peft_core.routing import BASE
 from peft_core.site import Link, Site
 
 from .catalogue import CASES, KINDS, ROWS, Case
-from .checks import check, flat, gap, promised, refused, same
-from .models import Holder, seeded
-from .setup import Setup, record, run, trained, weights
+from .checks import check, flat, gap, kinds, promised, refused, same
+from .gradients import base_parameters, without_gradient
+from .models import Holder, TinyNet, seeded
+from .setup import Setup, record, weights
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -33,28 +33,32 @@ class Layers(Setup):
                 (self.layer_kinds, KINDS),
                 (self.refused_cases, CASES.keys() | {"transformers-conv1d"}),
                 (self.unmergeable_cases, CASES.keys() | {"transformers-conv1d"}),
+                (self.left_out, {path for paths in TinyNet.kinds.values() for path in paths}),
             )
             for name in given
             if name not in known
         ]
         check(
             not wrong,
-            "layer_kinds, refused_cases and unmergeable_cases name kinds and cases of the catalogue",
+            "layer_kinds, refused_cases, unmergeable_cases and left_out name what the suite has",
             f"unknown: {wrong}; kinds: {sorted(KINDS)}",
-            "peft_core.testing.KINDS, peft_core.testing.CASES",
+            "peft_core.testing.KINDS, peft_core.testing.CASES, peft_core.testing.TinyNet.kinds",
         )
 
     @every_case
     def test_layer(self, case: Case) -> None:
         """Start, action, forward and gradients on one layer; or a refusal that leaves the model alone."""
         if not self._adapts(case):
-            self._check_refused(case)
+            if "model" not in self.layer_kinds:
+                self._check_refused(case)
+            return
+        if self._cannot_be_called(case):
             return
         layer, (args, kwargs) = seeded(case.make), case.inputs()
-        expected = run(layer, *args, **kwargs)
+        expected = self.run(layer, *args, **kwargs)
         model = self._adapt(case, random=False)
         starts = all(adapter.starts_as_base for adapter in record(model, "a").adapters)
-        difference = gap(run(model, *args, **kwargs), expected)
+        difference = gap(self.run(model, *args, rows=case.rows, **kwargs), expected)
         check(
             difference <= self.tolerance or not starts,
             f"{case.name}: an adapter at its start leaves the layer's output unchanged",
@@ -62,13 +66,13 @@ class Layers(Setup):
             "Adapter.reset_parameters; Adapter.forward: shapes, and the layer's own hyper-parameters",
         )
         self.fill(model, "a")
-        out = run(model, *args, **kwargs)
+        out = self.run(model, *args, rows=case.rows, **kwargs)
         empty = not any(tensor.numel() for tensor in flat(expected))
         look = "Adapter.forward: shapes, and the layer's own hyper-parameters"
         check(
             [(t.shape, t.dtype) for t in flat(out)] == [(t.shape, t.dtype) for t in flat(expected)],
             f"{case.name}: the output has the shape and dtype of the base's",
-            f"{[(tuple(t.shape), t.dtype) for t in flat(out)]}",
+            f"{kinds(out)}, and the base's is {kinds(expected)}",
             look,
         )
         check(
@@ -85,26 +89,30 @@ class Layers(Setup):
     def test_layer_merges(self, case: Case) -> None:
         """On one layer, merged weights compute what the adapter computes and unmerging is exact, or merging
         is refused."""
-        if not self._adapts(case):
+        if not self._adapts(case) or self._cannot_be_called(case):
             return
         args, kwargs = case.inputs()
         model = self._adapt(case)
-        before, expected = weights(model), run(model, *args, **kwargs)
+
+        def run() -> Any:
+            return self.run(model, *args, rows=case.rows, merging=True, **kwargs)
+
+        before, expected = weights(model), run()
         if not self.mergeable or case.name in self.unmergeable_cases:
             with refused(
                 MergeError,
                 f"{case.name}: what cannot be merged is refused with MergeError",
                 "Adapter.merge / peft_merge",
             ):
-                model.merge_adapter()
-            difference = gap(run(model, *args, **kwargs), expected)
+                model.merge_adapter(**self.merge_arguments())
+            difference = gap(run(), expected)
         else:
-            with promised(f"{case.name}: the adapter merges", "Adapter.merge, or list the case in `unmergeable_cases`"):
-                model.merge_adapter()
-            difference = gap(run(model, *args, **kwargs), expected)
+            look = f"Adapter.merge; or list {case.name!r} in `unmergeable_cases`, or set `mergeable = False`"
+            self.merge(model, f"{case.name}: the adapter merges", look)
+            difference = gap(run(), expected)
             model.unmerge_adapter()
         check(
-            difference <= self.tolerance,
+            difference <= self.tolerance or not self.merges_exactly(model),
             f"{case.name}: merged weights compute what the adapter computed; after a refusal it goes on acting",
             f"outputs differ by {difference:.2g}",
             "Adapter.merge / weight_delta against Adapter.forward / delta: scaling, transposition, groups, bias",
@@ -128,11 +136,11 @@ class Layers(Setup):
         args, kwargs = case.inputs()
         names = ["b", "a", BASE, "b"]
         with promised(f"{case.name}: adapters can be chosen per row", "Adapter.forward; or set `rowwise = False`"):
-            mixed = flat(run(model, *args, **kwargs, adapter_names=names))
-        alone: dict[str, Any] = {BASE: flat(run(seeded(case.make), *args, **kwargs))}
+            mixed = flat(self.run(model, *args, rows=case.rows, adapter_names=names, **kwargs))
+        alone: dict[str, Any] = {BASE: flat(self.run(seeded(case.make), *args, **kwargs))}
         for name in ("a", "b"):
             model.set_adapter(name)
-            alone[name] = flat(run(model, *args, **kwargs))
+            alone[name] = flat(self.run(model, *args, rows=case.rows, **kwargs))
         worst = 0.0
         for position, out in enumerate(mixed):
             axis = 0 if out.shape[0] == ROWS else 1
@@ -150,14 +158,18 @@ class Layers(Setup):
     def _adapts(self, case: Case) -> bool:
         return case.kind in self.layer_kinds and case.name not in self.refused_cases
 
+    def _cannot_be_called(self, case: Case) -> bool:
+        """Request arguments have an entry per row of the batch, and this input has no rows."""
+        return case.rows is None and bool(self.call_arguments(ROWS))
+
     def _adapt(self, case: Case, *names: str, random: bool = True) -> Any:
-        with promised(
-            f"{case.name}: the method adapts this layer",
-            "peft_build; or leave the kind out of `layer_kinds`, or list the case in `refused_cases`",
-        ):
-            return self.adapted(
-                *names, base=Holder(seeded(case.make)).eval(), random=random, config=self.configure(["layer"])
-            )
+        return self.adapted(
+            *names,
+            base=Holder(seeded(case.make)).eval(),
+            random=random,
+            config=self.configure(["layer"]),
+            look=f"peft_build; or leave {case.kind!r} out of `layer_kinds`, or list {case.name!r} in `refused_cases`",
+        )
 
     def _check_refused(self, case: Case) -> None:
         model = Holder(seeded(case.make))
@@ -178,16 +190,18 @@ class Layers(Setup):
     def _check_forward_in_force(self, model: Any, case: Case, out: Any) -> None:
         """The site may take a shorter way than `forward`; both must agree, and both are the method's."""
         site = model.layer
-        assert isinstance(site, Site)
-        (adapter,) = record(model, "a").adapters
+        adapters = record(model, "a").adapters
+        if len(adapters) != 1 or not isinstance(site, Site) or not adapters[0].additive:
+            return  # the site itself calls `forward`
+        (adapter,) = adapters
         args, kwargs = case.inputs()
-        with torch.no_grad():
+        with torch.no_grad(), promised(f"{case.name}: the adapter's `forward` runs", "Adapter.forward"):
             direct = adapter(Link(site), *args, **kwargs)
         difference = gap(out, direct)
         check(
             difference <= self.tolerance,
             f"{case.name}: the model computes what the adapter's `forward` computes",
-            f"outputs differ by {difference:.2g}; the adapter counts as {'' if adapter.additive else 'not '}additive",
+            f"outputs differ by {difference:.2g}; the adapter counts as additive",
             "a DeltaAdapter's subclass that overrides `forward` but is marked additive, or whose `accumulate` is "
             "not out + delta(x): derive from Adapter, or let delta say everything",
         )
@@ -195,26 +209,23 @@ class Layers(Setup):
     def _check_gradients(self, model: Any, case: Case) -> None:
         __tracebackhide__ = True
         args, kwargs = case.inputs()
-        output: Any = model(*args, **kwargs)
-        sum(
+        output = self.call(model, *args, rows=case.rows, **kwargs)
+        scalar: Any = sum(
             (tensor * torch.linspace(-1, 1, tensor.numel()).view(tensor.shape)).sum() for tensor in flat(output)
-        ).backward()  # type: ignore[union-attr]
-        missing = [n for n, p in trained(model, "a").items() if p.grad is None or not p.grad.isfinite().all()]
+        )
+        with promised(f"{case.name}: backward runs", "Adapter.forward: a custom backward, in-place operations"):
+            scalar.backward()
+        missing = without_gradient(model, self.unused)
         check(
             not missing,
             f"{case.name}: gradients reach every trained tensor of the adapter",
             f"none or not finite: {missing}",
-            "Adapter.forward: a tensor that is not used, or a .detach() on its way",
+            "Adapter.forward: a tensor that is not used, or a .detach() on its way; `unused`",
         )
-        leaked = [name for name, p in _base_parameters(model) if p.grad is not None]
+        leaked = [name for name, p in base_parameters(model) if p.grad is not None]
         check(
             not leaked,
             f"{case.name}: no tensor of the base trains",
             f"with gradients: {leaked}",
             "Adapter.__init__",
         )
-
-
-def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    own = {id(parameter) for parameter in trained(model, "a").values()}
-    return [(name, p) for name, p in model.named_parameters() if id(p) not in own]

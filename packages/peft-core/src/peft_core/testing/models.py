@@ -17,7 +17,7 @@ TIME = 6
 
 
 class Block(nn.Module):
-    """x + down(gelu(up(norm(x))))"""
+    """x + scale · down(gelu(up(norm(x))))"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,8 +25,8 @@ class Block(nn.Module):
         self.up = nn.Linear(WIDTH, INNER)
         self.down = nn.Linear(INNER, WIDTH, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        out: Tensor = x + scale * self.down(nn.functional.gelu(self.up(self.norm(x))))
         return out
 
 
@@ -61,6 +61,7 @@ class TinyNet(nn.Module):
         "conv1d": ("mixer.conv1d",),
         "conv2d": ("mixer.conv2d",),
         "norm": ("blocks.0.norm", "blocks.1.norm"),
+        "block": ("blocks.0", "blocks.1"),
     }
 
     def __init__(self) -> None:

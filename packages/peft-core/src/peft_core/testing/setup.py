@@ -16,7 +16,7 @@ from peft_core.methods import register_method, unregister_method
 from peft_core.model import get_peft_model
 from peft_core.records import AdapterRecord, PeftState
 
-from .checks import promised
+from .checks import explained, promised
 from .models import TinyNet, seeded
 
 
@@ -27,10 +27,16 @@ class Setup:
     """The config to prove. Sizes that fit layers of 8, 12, 16 and 24 features; no dropout."""
 
     layer_kinds: ClassVar[Collection[str]] = ("linear",)
-    """Kinds of layers the method adapts (see `peft_core.testing.KINDS`); all others it must refuse."""
+    """What the method adapts (see `peft_core.testing.KINDS`): kinds of layers and "block"; all others it must
+    refuse. "model" is for a method that chooses its places by itself, the model as a whole among them: it is
+    proved on the suite's models, and not on single layers."""
 
     refused_cases: ClassVar[Collection[str]] = ()
     """Cases (see `peft_core.testing.CASES`) of those kinds that the method refuses all the same."""
+
+    left_out: ClassVar[Collection[str]] = ()
+    """Modules of the suite's model (see `peft_core.testing.TinyNet.kinds`) of those kinds that are not adapted,
+    because the method refuses them or cannot merge into them."""
 
     mergeable: ClassVar[bool] = True
     """Whether the method can be folded into the base weights; if not, it must refuse."""
@@ -41,6 +47,11 @@ class Setup:
     exact_gradients: ClassVar[bool] = True
     """Whether gradients are the derivative of the output; False where the method detaches something on
     purpose."""
+
+    unused: ClassVar[Collection[str]] = ()
+    """Trained tensors that get no gradient, by the names that failures give them ("blocks.1.update.weight", or
+    "layer.update.weight" at a single layer): for instance what a block computes for the next, in the last block.
+    All others must get one."""
 
     tolerance: ClassVar[float] = 1e-9
     """Largest relative difference between two ways to compute the same. The suite works in float64, where
@@ -58,14 +69,34 @@ class Setup:
     """The method's module or object where it is not installed: registered while a test runs."""
 
     def configure(self, targets: list[str]) -> AdapterConfig:
-        """The config for a model whose modules of the method's kinds are `targets`."""
+        """The config for a model whose modules of the method's kinds are `targets`; none where the method chooses
+        its places by itself."""
+        if not targets or "target_modules" not in type(self.config).model_fields:
+            return self.config
         return self.config.resolve(target_modules=targets)
+
+    def call_arguments(self, rows: int) -> dict[str, Any]:
+        """Keyword arguments that calls of an adapted model with a batch of `rows` rows are given: the method's
+        request arguments, such as `{"task_ids": torch.arange(rows) % 2}`. The same for the same `rows`."""
+        return {}
+
+    def merge_arguments(self) -> dict[str, Any]:
+        """The request arguments that a merge is given, such as `{"task_ids": 1}`. Calls that a merge is compared
+        with get this value in every row."""
+        return {}
 
     def randomize(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Move a trained tensor away from its start, in place, as training would."""
         tensor.add_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.3)
 
     # -- for the tests ---------------------------------------------------------------------------------------
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith(f"{__package__}."):  # not the author's own tests
+            for name, member in list(vars(cls).items()):
+                if name.startswith("test_"):
+                    setattr(cls, name, explained(member))
 
     @pytest.fixture(autouse=True)
     def _method_is_registered(self) -> Iterator[None]:
@@ -77,7 +108,8 @@ class Setup:
         if self.plugin is None:
             yield
             return
-        method = register_method(self.plugin, replace=True)
+        with promised("the method can be registered", "peft_config and the other hooks of `plugin`"):
+            method = register_method(self.plugin, replace=True)
         try:
             yield
         finally:
@@ -88,28 +120,78 @@ class Setup:
         model: TinyNet = seeded(TinyNet, dtype)
         return model
 
+    def targets(self) -> list[str]:
+        """Names of the modules of the suite's model that are adapted."""
+        return [name for name in TinyNet.targets(self.layer_kinds) if name not in self.left_out]
+
     def adapted(
         self,
         *names: str,
         base: nn.Module | None = None,
         random: bool = True,
         config: AdapterConfig | None = None,
+        look: str = "peft_build, peft_prepare and what else adapts a model; or `layer_kinds`, `left_out`",
     ) -> Any:
         """A model with these adapters (default: one, "a"), the first active, in eval mode.
 
-        The same name always gets the same values, whatever else is on the model.
+        The same name always gets the same values, whatever else is on the model. `look` is for the message where the
+        method does not adapt the model.
         """
+        __tracebackhide__ = True
         model = self.base() if base is None else base
-        config = config or self.configure(TinyNet.targets(self.layer_kinds))
+        config = config or self.configure(self.targets())
+        places = getattr(config, "target_modules", None) or "its own places"
         for index, name in enumerate(names or ("a",)):
             with fixed_seed(name):
-                if index:
-                    model.add_adapter(name, config)  # type: ignore[operator]
-                else:
-                    get_peft_model(model, config, name)
+                with promised(f"the method adapts {type(model).__name__} at {places}", look):
+                    if index:
+                        model.add_adapter(name, config)  # type: ignore[operator]
+                    else:
+                        get_peft_model(model, config, name)
                 if random:
                     self.fill(model, name)
         return model.eval()
+
+    def call(self, model: Any, *args: Any, rows: int | None = None, merging: bool = False, **kwargs: Any) -> Any:
+        """The model's output. An adapted model is given the method's `call_arguments`.
+
+        `rows` is the size of the batch, by default that of the first argument. `merging`: every row gets the values
+        of `merge_arguments`.
+        """
+        __tracebackhide__ = True
+        with promised("", "Adapter.forward"):
+            return model(*args, **self.arguments(model, args, rows, merging), **kwargs)
+
+    def arguments(self, model: Any, args: tuple[Any, ...], rows: int | None, merging: bool = False) -> dict[str, Any]:
+        """`call_arguments` for a call with these positional arguments; nothing for a model without adapters."""
+        if not (hasattr(model, "_peft") and state(model).adapters):
+            return {}
+        given = self.call_arguments(args[0].shape[0] if rows is None else rows)
+        if merging:
+            for name, value in self.merge_arguments().items():
+                old = given.get(name)
+                given[name] = torch.full_like(old, value) if isinstance(old, Tensor) else value
+        return given
+
+    def merge(self, model: Any, promise: str, look: str) -> None:
+        """Merge the active adapters, with `merge_arguments`; a merge that is an approximation must warn."""
+        __tracebackhide__ = True
+        with promised(promise, look):
+            if self.merges_exactly(model):
+                model.merge_adapter(**self.merge_arguments())
+            else:
+                with pytest.warns(UserWarning, match="is an approximation"):
+                    model.merge_adapter(**self.merge_arguments())
+
+    def merges_exactly(self, model: Any) -> bool:
+        """Whether no active adapter says of itself that its merge is an approximation."""
+        return not any(one.merge_is_approximate for name in state(model).active for one in record(model, name).adapters)
+
+    def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As `call`, without a graph."""
+        __tracebackhide__ = True
+        with torch.no_grad():
+            return self.call(model, *args, **kwargs)
 
     def fill(self, model: nn.Module, name: str) -> None:
         """Random values for every trained tensor of an adapter."""
@@ -179,9 +261,3 @@ def weights(model: Any) -> dict[str, Tensor]:
     """Copies of the base's weights under their original names."""
     found = model.base_state_dict() if hasattr(model, "base_state_dict") else model.state_dict()
     return {name: tensor.detach().clone() for name, tensor in found.items()}
-
-
-def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The model's output, without a graph."""
-    with torch.no_grad(), promised("an adapted model runs", "Adapter.forward"):
-        return model(*args, **kwargs)
