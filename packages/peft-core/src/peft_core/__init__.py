@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .adapter import Adapter, DeltaAdapter, WeightAdapter, as_compute
+    from .architectures import role_paths
     from .auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -148,6 +149,7 @@ __all__ = [
     "prefix_sites",
     "refresh",
     "register_method",
+    "role_paths",
     "set_peft_model_state_dict",
     "unregister_method",
 ]
@@ -155,6 +157,7 @@ __all__ = [
 # The public names of each module. No name may be that of a submodule: importing that would hide the name.
 _NAMES = {
     "adapter": ("Adapter", "DeltaAdapter", "WeightAdapter", "as_compute"),
+    "architectures": ("role_paths",),
     "auto": (
         "AutoPeftModel",
         "AutoPeftModelForCausalLM",

@@ -6,6 +6,16 @@ block whose children these are), `blocks` (the list of layers), `embedding`, `he
 modules, in the sense of `target_modules`. `within` is a regular expression that the paths of the roles'
 modules begin with, for models in which the same names occur elsewhere too.
 
+A block's sub-layers, `attention`, `cross` (the attention of a decoder over an encoder's output) and
+`feed_forward`, each add their output h to the residual stream x, with a norm at one place or another:
+
+    attention_norm, cross_norm, feed_forward_norm                  x + f(norm(x))
+    attention_branch_norm, feed_forward_branch_norm                x + norm(f(x))
+    attention_add_norm, cross_add_norm, feed_forward_add_norm      norm(x + f(x))
+
+`cross_output` is the `output` of cross attention, and `feed_forward` the module of the feed-forward network where
+it has no `down` of its own (a mixture of experts). A model type has the roles whose place was verified.
+
 Extensions add model types with the hook `peft_architectures`.
 """
 
@@ -17,7 +27,10 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ConfigError
+from .errors import ConfigError, TargetError
+from .patterns import NameMatcher
+from .suggest import did_you_mean
+from .tree import walk
 
 Roles = Mapping[str, tuple[str, ...]]
 
@@ -61,7 +74,7 @@ _T5 = _roles(
     down="wo",
 ) | _roles(embedding="shared", head="lm_head")
 
-ARCHITECTURES: Mapping[str, Roles] = {
+_LAYERS: Mapping[str, Roles] = {
     # Decoders.
     **dict.fromkeys(
         (
@@ -147,6 +160,77 @@ ARCHITECTURES: Mapping[str, Roles] = {
 }
 
 
+_LLAMA_NORMS = _roles(attention_norm="input_layernorm", feed_forward_norm="post_attention_layernorm")
+_BRANCH_NORMS = _roles(
+    attention_branch_norm="post_attention_layernorm", feed_forward_branch_norm="post_feedforward_layernorm"
+)
+_GEMMA2_NORMS = _BRANCH_NORMS | _roles(attention_norm="input_layernorm", feed_forward_norm="pre_feedforward_layernorm")
+_FAIRSEQ_CROSS = _roles(cross_output="encoder_attn.out_proj")
+_FAIRSEQ_POST = _FAIRSEQ_CROSS | _roles(
+    attention_add_norm="self_attn_layer_norm",
+    cross_add_norm="encoder_attn_layer_norm",
+    feed_forward_add_norm="layers.*.final_layer_norm",
+)
+_FAIRSEQ_PRE = _FAIRSEQ_CROSS | _roles(
+    attention_norm="self_attn_layer_norm",
+    cross_norm="encoder_attn_layer_norm",
+    feed_forward_norm="layers.*.final_layer_norm",
+)
+_BERT_NORMS = _roles(attention_add_norm="attention.output.LayerNorm", feed_forward_add_norm="output.LayerNorm")
+_BERT_CROSS = _roles(cross_output="crossattention.output.dense", cross_add_norm="crossattention.output.LayerNorm")
+_T5_NORMS = _roles(
+    cross_output="EncDecAttention.o",
+    attention_norm="layer.0.layer_norm",
+    cross_norm="decoder.block.*.layer.1.layer_norm",
+    feed_forward_norm="encoder.block.*.layer.1.layer_norm layer.2.layer_norm",
+)
+
+# The norms of blocks, and what tells sub-layers apart. Where a setting of the config moves a norm (opt) or scales what
+# is added (granite), no name can say what a module does, so those model types have none.
+_SUB_LAYERS: Mapping[str, Roles] = {
+    **dict.fromkeys(
+        (
+            "bloom",
+            "gemma",
+            "glm",
+            "gpt_neox",
+            "helium",
+            "llama",
+            "mistral",
+            "olmo",
+            "phi3",
+            "qwen2",
+            "qwen3",
+            "seed_oss",
+            "smollm3",
+            "stablelm",
+            "starcoder2",
+        ),
+        _LLAMA_NORMS,
+    ),
+    **dict.fromkeys(("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"), _LLAMA_NORMS | _roles(feed_forward="mlp")),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2_NORMS),
+    **dict.fromkeys(("exaone4", "olmo2"), _BRANCH_NORMS),
+    "glm4": _LLAMA_NORMS
+    | _roles(attention_branch_norm="post_self_attn_layernorm", feed_forward_branch_norm="post_mlp_layernorm"),
+    # Attention and feed-forward network side by side, behind one norm.
+    **dict.fromkeys(("cohere", "phi"), _roles(attention_norm="input_layernorm", feed_forward_norm="input_layernorm")),
+    **dict.fromkeys(("codegen", "gptj"), _roles(attention_norm="ln_1", feed_forward_norm="ln_1")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "gpt_neo"), _roles(attention_norm="ln_1", feed_forward_norm="ln_2")),
+    "mpt": _roles(attention_norm="norm_1", feed_forward_norm="norm_2"),
+    **dict.fromkeys(("bert", "camembert", "electra", "roberta", "xlm-roberta"), _BERT_NORMS | _BERT_CROSS),
+    **dict.fromkeys(("deberta", "deberta-v2", "layoutlm"), _BERT_NORMS),
+    "distilbert": _roles(attention_add_norm="sa_layer_norm", feed_forward_add_norm="output_layer_norm"),
+    "modernbert": _roles(attention_norm="attn_norm", feed_forward_norm="mlp_norm"),
+    "vit": _roles(attention_norm="layernorm_before", feed_forward_norm="layernorm_after"),
+    **dict.fromkeys(("bart", "marian"), _FAIRSEQ_POST),
+    **dict.fromkeys(("blenderbot", "mbart", "pegasus", "whisper"), _FAIRSEQ_PRE),
+    **dict.fromkeys(("mt5", "t5"), _T5_NORMS),
+}
+
+ARCHITECTURES: Mapping[str, Roles] = {kind: {**roles, **_SUB_LAYERS.get(kind, {})} for kind, roles in _LAYERS.items()}
+
+
 def architecture(model_type: str) -> Roles | None:
     """The roles of a model type, built in or of an installed extension; None if nobody knows it.
 
@@ -194,6 +278,48 @@ def role_names(model_type: str | None, roles: Sequence[str]) -> str | tuple[str,
     if (within := table.get("within")) and names:
         return rf"{'|'.join(within)}\.({'|'.join(re.escape(name) for name in names)})"
     return tuple(names)
+
+
+def role_paths(model: nn.Module, role: str) -> tuple[str, ...]:
+    """The paths of a model's modules that play `role`, in the model's order; none if its type has no such role.
+
+    A fused layer stands in for the parts it computes. A module that the names of several roles fit plays the one
+    whose name is the longest ("attention.output.dense" rather than "output.dense"), or all of equal length. Paths
+    are those of the base, whatever adapters the model carries, and each module has one.
+
+    Raises:
+        TargetError: what the modules of this model type are called is not known.
+        ConfigError: no model type has such a role.
+    """
+    model_type = model_type_of(model)
+    table = architecture(model_type) if model_type else None
+    if table is None:
+        about = f"the model type {model_type!r}" if model_type else f"a {type(model).__name__} without a model type"
+        raise TargetError(
+            f"what the modules of {about} are called is not known. Tell it with the hook peft_architectures, in an "
+            "extension or with peft_core.extensions.extensions.register, or name the modules themselves"
+        )
+    played = role if role in table else FUSED.get(role, role)
+    if played not in table or played == "within":
+        known = {name for roles in (*ARCHITECTURES.values(), *_extended().values()) for name in roles} - {"within"}
+        if role not in known:
+            raise ConfigError(f"no model type has a role {role!r}.{did_you_mean(role, known)}")
+        return ()
+    within = [re.compile(pattern) for pattern in table.get("within", ())]
+    names = [
+        (player == played, name.count("."), NameMatcher((name,), what=f"the role {player}", trusted=True))
+        for player, entries in table.items()
+        if player != "within"
+        for name in entries
+    ]
+    found: dict[int, str] = {}
+    for path, module in walk(model).modules:
+        if not path or (within and not any(pattern.match(path) for pattern in within)):
+            continue
+        length = max((size for own, size, name in names if own and name.matches(path)), default=-1)
+        if length >= 0 and not any(size > length and name.matches(path) for own, size, name in names if not own):
+            found.setdefault(id(module), path)
+    return tuple(found.values())
 
 
 def default_targets(config_class: type[Any], model_type: str | None) -> str | tuple[str, ...] | None:
