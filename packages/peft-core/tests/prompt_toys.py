@@ -14,6 +14,7 @@ from peft_core import (
     PositionShift,
     PrefixAdapter,
     PromptAdapter,
+    SiteRequest,
     backbone_sites,
     hookimpl,
     prefix_sites,
@@ -67,6 +68,7 @@ class PrefixConfig(AdapterConfig):
     n: int = 3
     std: float = 1.0
     cross: bool = False
+    by_hand: tuple[str, ...] = ()  # attention modules and a backbone, for models whose type nobody knows
 
 
 class Prefix(PrefixAdapter):
@@ -96,7 +98,11 @@ class prefix:
     @staticmethod
     @hookimpl
     def peft_sites(config: PrefixConfig, model: nn.Module) -> Any:
-        return prefix_sites(model, cross=config.cross)
+        if not config.by_hand:
+            return prefix_sites(model, cross=config.cross)
+        meta = {"role": "attention", "kv_heads": 2, "head_dim": 4, "cross": config.cross}
+        sites = [SiteRequest(path, meta=meta) for path in config.by_hand[:-1]]
+        return [*sites, SiteRequest(config.by_hand[-1], part="positions", meta={"role": "positions"})]
 
     @staticmethod
     @hookimpl

@@ -27,11 +27,12 @@ def backbone_sites(model: nn.Module) -> list[SiteRequest]:
     def path_of(module: Any) -> str:
         return paths[id(getattr(module, "base_layer", module))]
 
+    asked: Any = model
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        encoder, decoder = model.get_encoder(), model.get_decoder()  # type: ignore[operator]
+        encoder, decoder = asked.get_encoder(), asked.get_decoder()
         parts = (("encoder", encoder), ("decoder", decoder))
         return [SiteRequest(path_of(part), meta={"role": role}) for role, part in parts]
-    backbone = model.get_decoder() if hasattr(model, "get_decoder") else None
+    backbone = asked.get_decoder() if hasattr(model, "get_decoder") else None
     if backbone is None or backbone is model:
         backbone = getattr(model, "base_model", None)
     if not isinstance(backbone, nn.Module) or id(getattr(backbone, "base_layer", backbone)) not in paths:
@@ -73,8 +74,9 @@ def prefix_sites(model: nn.Module, *, cross: bool = False) -> list[SiteRequest]:
         requests.append(SiteRequest(path, meta=meta))
     positions = [path for path, _ in tree.modules if path.rpartition(".")[2] == "embed_positions"]
     if not positions:
-        backbones = [request.path for request in backbone_sites(model)]
-        positions = [p for p in backbones if "position_ids" in parameter_names(type(tree.module(p)).forward)]
+        backbones = {request.path for request in backbone_sites(model)}
+        at = [(path, module) for path, module in tree.modules if path in backbones]
+        positions = [path for path, module in at if "position_ids" in parameter_names(type(module).forward)]
     return requests + [SiteRequest(path, part="positions", meta={"role": "positions"}) for path in positions]
 
 

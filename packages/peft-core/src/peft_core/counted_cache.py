@@ -86,8 +86,7 @@ def prepare_classes() -> None:
 
 
 def _rebuild(cls: type) -> Any:
-    made = counted_class(cls)
-    return made.__new__(made)
+    return object.__new__(counted_class(cls))
 
 
 def own_part(cache: Any) -> Any:

@@ -47,6 +47,8 @@ def extended(mask: Any, columns: Tensor, *, rows: bool, causal: bool, where: str
             "dimensions (batch, length)"
         )
     columns = columns.to(mask.device)
+    if columns.shape[0] > mask.shape[0]:  # one mask for rows whose positions in front differ
+        mask = mask.expand(columns.shape[0], *mask.shape[1:])
     if mask.dim() == 2:
         return torch.cat([columns.to(mask.dtype).expand(mask.shape[0], -1), mask], 1)
     n = columns.shape[-1]

@@ -59,7 +59,7 @@ def _prepare_cache_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
     given["max_cache_length"] += extra
     result = prepare(**given)
     cache = next((c for name in CACHE_NAMES if (c := given["model_kwargs"].get(name)) is not None), None)
-    own = None if cache is None else counted(cache)
+    own: Any = None if cache is None else counted(cache)
     if getattr(own, "is_compileable", False) and not any(own.is_sliding):
         room = own.get_max_length() + own.hidden
         if room < given["max_cache_length"]:

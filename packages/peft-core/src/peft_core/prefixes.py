@@ -94,7 +94,7 @@ class PrefixAdapter(Adapter):
     def _run(self, keys: Tensor, values: Tensor, visible: Tensor | None, base: Link, given: dict[str, Any]) -> Any:
         hidden = given[self._names[0]]
         n = keys.shape[-2]
-        cache = given.get(self._cache)
+        cache: Any = given.get(self._cache)
         pair = own_part(cache) is not cache
         real = cache if not pair else cache.cross_attention_cache if self.cross else cache.self_attention_cache
         columns = torch.ones(1, n, dtype=torch.bool, device=hidden.device) if visible is None else visible

@@ -133,18 +133,19 @@ class PromptAdapter(Adapter):
 
     def _rows(self, batch: int, base: Link) -> Tensor:
         """The virtual tokens as (batch or 1, n, d), checked."""
-        tokens = self.virtual_tokens(batch, base)
-        tokens = tokens if tokens.dim() == 3 else tokens[None]
+        found = self.virtual_tokens(batch, base)
+        tokens = found[None] if found.dim() == 2 else found
         if tokens.dim() != 3 or tokens.shape[0] not in (1, batch) or tokens.shape[1] != self.num_virtual_tokens:
             raise RequestError(
-                f"{self.layer.path}: {type(self).__name__}.virtual_tokens returned {tuple(tokens.shape)}; it must be "
+                f"{self.layer.path}: {type(self).__name__}.virtual_tokens returned {tuple(found.shape)}; it must be "
                 f"({self.num_virtual_tokens}, d) or ({batch}, {self.num_virtual_tokens}, d)"
             )
         return tokens
 
     def _run(self, block: _Block, base: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = bind(self._names, args, kwargs)
-        ids, embedded = given.get(self._names[0]), given.get("inputs_embeds")
+        ids: Any = given.get(self._names[0])
+        embedded: Tensor | None = given.get("inputs_embeds")
         source = ids if embedded is None else embedded
         if source is None:
             raise RequestError(f"{self.layer.path}: the backbone was called with neither input_ids nor inputs_embeds")
@@ -242,7 +243,7 @@ class PromptAdapter(Adapter):
                 given["position_ids"] = (torch.arange(length, device=device) + past).expand(batch, -1)
         columns = torch.ones(1, n, dtype=torch.bool, device=device) if visible is None else visible
         if (mask := given.get("attention_mask")) is not None:
-            size = 0 if isinstance(mask, dict) else mask.shape[-1]
+            size = mask.shape[-1] if isinstance(mask, Tensor) else 0
             mask = extended(mask, columns, rows=prepend, causal=self._causal, where=self.layer.path)
             if prepend and size > n + length:  # a mask of a static cache's length, of which n are the virtual ones
                 mask = mask[..., :size]
