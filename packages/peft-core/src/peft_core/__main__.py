@@ -18,13 +18,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m peft_core", description="Method plugins of peft-core.")
     commands = parser.add_subparsers(dest="command", title="commands")
     commands.add_parser("methods", help="list the installed methods, without importing any")
-    check = commands.add_parser("check", help="load methods and check their hooks")
+    check = commands.add_parser("check", help="load methods and check their hooks, or their whole contract")
     check.add_argument(
         "names", nargs="*", metavar="NAME", help="methods to check; without any, all methods and extensions"
     )
+    check.add_argument("--contract", action="store_true", help="run the contract suite on the methods (needs pytest)")
+    check.add_argument("--config", metavar="JSON", help="with --contract: fields of the config, as '{\"r\": 4}'")
+    check.add_argument("-k", dest="select", default="", metavar="EXPRESSION", help="with --contract: as pytest's -k")
+    check.add_argument("--tracebacks", action="store_true", help="with --contract: pytest's own output")
     arguments = parser.parse_args(argv)
     if arguments.command == "methods":
         return list_methods()
+    if arguments.command == "check" and arguments.contract:
+        return check_contracts(arguments.names, arguments.config, arguments.select, arguments.tracebacks)
     if arguments.command == "check":
         return check_plugins(arguments.names)
     parser.print_help()
@@ -65,6 +71,25 @@ def check_plugins(names: Sequence[str]) -> int:
         for entry in discovery.entries(discovery.EXTENSIONS):
             if not discovery.is_disabled(entry):
                 failed += not _passes(f"extension {entry.name}", partial(extensions.load_one, entry))
+    return 1 if failed else 0
+
+
+def check_contracts(names: Sequence[str], config: str | None, select: str, tracebacks: bool) -> int:
+    """Run the contract suite on the named methods, or on all of them."""
+    try:
+        from .testing.command import check_contract
+    except ModuleNotFoundError as error:
+        if error.name != "pytest":
+            raise
+        print(error, file=sys.stderr)
+        return 1
+    failed = 0
+    for name in names or available_methods():
+        try:
+            failed += not check_contract(name, config, select=select, tracebacks=tracebacks)
+        except PeftError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            failed += 1
     return 1 if failed else 0
 
 
