@@ -53,8 +53,11 @@ class Call:
 
     @property
     def phase(self) -> str:
-        """ "train", "prefill" (the first step of a generation), "decode" (a later one), or "score"."""
-        if self.training:
+        """ "train", "prefill" (the first step of a generation), "decode" (a later one), or "score".
+
+        A model in training mode that generates does not train.
+        """
+        if self.training and not self.generating:
             return "train"
         if self.past_length:
             return "decode"
@@ -108,7 +111,7 @@ class Call:
     def apart(self) -> Call:
         """This call for one more pass through the model, whose notes and losses do not mix with the first one's."""
         other = copy.copy(self)
-        other.scratch, other.losses = {}, {}
+        other.scratch, other.losses, other._expects_gradients = {}, {}, False
         return other
 
 
@@ -123,19 +126,25 @@ def _length(cache: Any) -> int:
         return 0
 
 
-@functools.cache
 def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     """The names of a forward's own parameters, without `self`."""
+    # The compiler warns of caches that it looks through.
+    return _names(forward) if torch.compiler.is_compiling() else _cached_names(forward)
+
+
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
-def take_arguments(forward: Callable[..., Any], kwargs: dict[str, Any], declared: tuple[str, ...]) -> dict[str, Any]:
-    """The request arguments among a call's keywords, taken out unless the base's forward has one of that name."""
-    own = parameter_names(forward)
+_cached_names = functools.cache(_names)
+
+
+def take_arguments(own: tuple[str, ...], kwargs: dict[str, Any], declared: tuple[str, ...]) -> dict[str, Any]:
+    """The request arguments among a call's keywords, taken out unless they are among those of the base's forward."""
     return {name: kwargs[name] if name in own else kwargs.pop(name) for name in declared if name in kwargs}
 
 
-def inputs_of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward by name."""
-    return {**dict(zip(parameter_names(forward), args, strict=False)), **kwargs}
+def inputs_of(own: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, `own` being the names of the forward's parameters."""
+    return {**dict(zip(own, args, strict=False)), **kwargs}

@@ -26,7 +26,7 @@ from .mergeable import Mergeable
 from .records import PeftState
 from .routing import BASE, Request
 from .saveable import Saveable
-from .subclass import base_class, rebuild
+from .subclass import base_class, forward_names, rebuild
 from .training import parameter_groups
 from .transaction import Undo
 from .tree import walk
@@ -112,11 +112,11 @@ class PeftModel(Mergeable, Saveable):
 
     def _describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The facts of a call that begins; request arguments are taken out of `kwargs`."""
-        routing, forward = self._peft.routing, base_class(type(self)).forward  # type: ignore[attr-defined]
-        arguments = take_arguments(forward, kwargs, routing.arguments)
+        routing, own = self._peft.routing, forward_names(type(self))
+        arguments = take_arguments(own, kwargs, routing.arguments)
         outer = routing.outer()
         call = Call(
-            inputs_of(forward, args, kwargs),
+            inputs_of(own, args, kwargs),
             arguments,
             training=_module(self).training,
             outer=outer.call if outer else None,

@@ -13,7 +13,7 @@ from .counted_cache import CACHE_NAMES, CountedCache, counted, own_part
 from .errors import RequestError
 from .model import PeftModel, rows_of
 from .records import PeftState
-from .subclass import base_class, remember_checkpoints
+from .subclass import forward_names, remember_checkpoints
 
 
 def _generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -21,17 +21,20 @@ def _generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None,
     routing = self._peft.routing
     call = None
     if routing.describes_calls:
-        forward = base_class(type(self)).forward  # type: ignore[attr-defined]
-        arguments = take_arguments(forward, kwargs, routing.arguments)
+        own = forward_names(type(self))
+        arguments = take_arguments(own, kwargs, routing.arguments)
         outer = routing.outer()
-        call = Call({}, arguments, generating=True, outer=outer.call if outer else None)
+        inputs = {getattr(self, "main_input_name", "input_ids"): args[0] if args else kwargs.get("inputs"), **kwargs}
+        inputs = {name: inputs[name] for name in own if inputs.get(name) is not None}  # an encoder is called with these
+        call = Call(inputs, arguments, generating=True, outer=outer.call if outer else None)
     with routing.use(routing.request(rows_of(self._peft, adapter_names), call)):
         return super(PeftModel, self).generate(*args, **kwargs)
 
 
 def forward_of_request(self: Any, *args: Any, **kwargs: Any) -> Any:
     """A forward that has request arguments in its signature; called by that name, it is the model's call."""
-    if any(name in kwargs for name in self._peft.routing.arguments):
+    own = forward_names(type(self))
+    if any(name in kwargs and name not in own for name in self._peft.routing.arguments):
         return self(*args, **kwargs)
     return super(PeftModel, self).forward(*args, **kwargs)
 

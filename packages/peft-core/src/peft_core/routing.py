@@ -135,8 +135,9 @@ class Routing:
             noted = dict.fromkeys((*self._backwards.get(task, ()), weakref.ref(request)))
             self._backwards = {**dict(list(self._backwards.items())[-_BACKWARDS:]), task: tuple(noted)}
 
-        values = outputs.values() if isinstance(outputs, dict) else outputs
-        for value in (values,) if isinstance(values, Tensor) else values:
+        if not isinstance(outputs, (Tensor, tuple, list)):
+            outputs = list(outputs.values() if isinstance(outputs, dict) else getattr(outputs, "__dict__", {}).values())
+        for value in (outputs,) if isinstance(outputs, Tensor) else outputs:
             if isinstance(value, Tensor) and value.requires_grad and value.grad_fn is not None:
                 value.register_hook(note)  # type: ignore[no-untyped-call]
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from .calls import parameter_names
 from .routing import Routing, remembering, remembers
 
 BASE_CLASS = "_peft_base_class"
 ARGUMENTS = "_peft_request_arguments"
+FORWARD_NAMES = "_peft_forward_names"
 
 
 def adapted_class(cls: type, arguments: tuple[str, ...] = ()) -> type:
@@ -41,6 +43,7 @@ def _make(cls: type, arguments: tuple[str, ...]) -> type:
         "__new__": new,
         BASE_CLASS: cls,
         ARGUMENTS: arguments,
+        FORWARD_NAMES: _names(cls),
     }
     if arguments:
         override = _with_signature_of(cls.forward, forward_of_request)  # type: ignore[attr-defined]
@@ -68,6 +71,19 @@ def _with_arguments(forward: Callable[..., Any], arguments: tuple[str, ...]) -> 
     more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in arguments]
     found[at:at] = [parameter for parameter in more if parameter.name not in signature.parameters]
     return signature.replace(parameters=found)
+
+
+def _names(cls: Any) -> tuple[str, ...]:
+    try:
+        return parameter_names(cls.forward)
+    except (TypeError, ValueError):  # a forward that is not written in Python
+        return ()
+
+
+def forward_names(cls: type) -> tuple[str, ...]:
+    """The names of the parameters of the user's own forward. Noted on the class: no compiled graph looks for them."""
+    found: tuple[str, ...] = getattr(cls, FORWARD_NAMES)
+    return found
 
 
 def base_class(cls: type) -> type:
