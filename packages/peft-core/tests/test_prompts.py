@@ -449,7 +449,7 @@ def test_lengths_of_a_counted_cache() -> None:
     cache.update(torch.zeros(1, 2, 7, 4), torch.zeros(1, 2, 7, 4), 0)
     own = counted(cache)
     assert own is cache and counted(cache) is cache and type(cache).__name__ == "Static"
-    own.filled = (("a", 2), ("b", 1))
+    own.filled = (("a", 2, 4), ("b", 1, 4))
     assert int(own.get_seq_length()) == 4 and own.get_max_length() == 13 and own.hidden == 3
     pair = SimpleNamespace(self_attention_cache=Cache())
     same, part = counted_copy(pair)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .architectures import model_type_of, role_names
@@ -122,11 +123,49 @@ def bind(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return given
 
 
-class Cut:
-    """Takes `n` virtual positions off what a backbone returns. `total` is the length with them, where they are new."""
+class Places:
+    """Where `n` virtual positions lie in each row: first, or after the padding on the row's left.
 
-    def __init__(self, n: int, total: int | None) -> None:
+    Windows of attention count columns. Between the padding and the input, virtual positions are as near to the input
+    in a padded row as they are in that row alone.
+    """
+
+    def __init__(self, n: int, left: Tensor | None = None) -> None:
         self.n = n
+        self.left = left
+        """(batch,), how many positions of padding come first; None where that makes no difference."""
+
+    def put(self, joined: Tensor, dim: int, batch_dim: int = 0) -> Tensor:
+        """Move what stands first along `dim` to its place."""
+        if self.left is None:
+            return joined
+        at, left = torch.arange(joined.shape[dim], device=joined.device), self.left[:, None]
+        inside = torch.where(at < left + self.n, at - left, at)
+        return _gather(joined, torch.where(at < left, at + self.n, inside), dim, batch_dim)
+
+    def take_off(self, value: Tensor, dim: int) -> Tensor:
+        """Leave the virtual positions along `dim` out."""
+        if self.left is None:
+            return value.narrow(dim, self.n, value.shape[dim] - self.n)
+        at = torch.arange(value.shape[dim] - self.n, device=value.device)
+        return _gather(value, at + self.n * (at >= self.left[:, None]), dim, 0)
+
+
+def _gather(value: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
+    """`value` along `dim` at the `index` (batch, size) of each row of the batch."""
+    dim, batch_dim = dim % value.dim(), batch_dim % value.dim()
+    shape, ones = list(value.shape), [1] * value.dim()
+    shape[batch_dim] = ones[batch_dim] = index.shape[0]
+    rows = value.expand(shape)
+    shape[dim] = ones[dim] = index.shape[1]
+    return rows.gather(dim, index.view(ones).expand(shape))
+
+
+class Cut:
+    """Takes virtual positions off what a backbone returns. `total` is the length with them, where they are new."""
+
+    def __init__(self, places: Places, total: int | None) -> None:
+        self.places = places
         self.total = total
 
     def output(self, out: Any, module: nn.Module) -> Any:
@@ -155,15 +194,15 @@ class Cut:
 
     def states(self, value: Tensor) -> Tensor:
         """(batch, length, d)"""
-        return value if self.total is None else value[:, self.n :]
+        return value if self.total is None else self.places.take_off(value, 1)
 
     def scores(self, value: Tensor) -> Tensor:
         """(batch, heads, queries, keys)"""
-        return value[..., self.n :] if self.total is None else value[..., self.n :, self.n :]
+        return self.places.take_off(self.queries(value), -1)
 
     def queries(self, value: Tensor) -> Tensor:
         """(batch, heads, queries, keys of another sequence)"""
-        return value if self.total is None else value[..., self.n :, :]
+        return value if self.total is None else self.places.take_off(value, -2)
 
     def by_shape(self, value: Tensor) -> Tensor:
         if value.dim() == 3 and value.shape[1] == self.total:

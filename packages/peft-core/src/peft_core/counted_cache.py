@@ -12,6 +12,7 @@ per class; nothing of transformers is patched.
 from __future__ import annotations
 
 import sys
+from collections.abc import MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -22,16 +23,20 @@ CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """What the argument is called, in this and earlier releases of transformers."""
 
 
+Entry = tuple[str, int, int]
+"""Virtual positions in a cache: whose they are, how many, and the length of the input that they were put to."""
+
+
 class CountedCache:
     """What the subclass adds. Lengths leave the virtual positions of `filled` out."""
 
-    filled: tuple[tuple[str, int], ...] = ()
-    """Whose virtual positions are in the cache and not to be seen now, and how many; innermost first."""
+    filled: tuple[Entry, ...] = ()
+    """What is in the cache and not to be seen now; innermost first."""
 
     @property
     def hidden(self) -> int:
         """How many positions are not to be seen now."""
-        return sum(count for _, count in self.filled)
+        return sum(entry[1] for entry in self.filled)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """As the cache's own (a tensor in static caches), without the hidden positions."""
@@ -117,6 +122,26 @@ def counted_copy(cache: Any) -> tuple[Any, Any]:
         return made, made
     cache.self_attention_cache = made
     return cache, made
+
+
+def filled_with(cache: Any, entry: Entry) -> tuple[Entry, ...]:
+    """What a cache holds after the call that filled it. Models that checkpoint their blocks leave it empty."""
+    length = cache.get_seq_length()
+    return () if isinstance(length, int) and length == 0 else (*cache.filled, entry)
+
+
+def count_made(out: Any, name: str, entry: Entry) -> Any:
+    """Let a cache that a backbone made itself, and returns, leave the virtual positions out of its lengths."""
+    if isinstance(out, MutableMapping) and out.get(name) is not None:
+        out[name], own = counted_copy(out[name])
+        own.filled = filled_with(own, entry)
+    elif isinstance(out, tuple) and not hasattr(out, "_fields"):
+        at = next((i for i, value in enumerate(out) if hasattr(value, "get_seq_length")), None)
+        if at is not None:
+            cache, own = counted_copy(out[at])
+            own.filled = filled_with(own, entry)
+            out = (*out[:at], cache, *out[at + 1 :])
+    return out
 
 
 def has_length(cache: Any) -> bool:

@@ -19,6 +19,14 @@ def is_causal(module: nn.Module) -> bool:
     return True
 
 
+def has_windows(module: nn.Module) -> bool:
+    """Whether some of a backbone's layers see no further back than a number of positions."""
+    config: Any = getattr(module, "config", None)
+    kinds = [*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())]
+    named = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return named or any(kind not in ("full_attention", "global") for kind in kinds)
+
+
 def extended(mask: Any, columns: Tensor, *, rows: bool, causal: bool, where: str) -> Any:
     """`mask` with `n` more positions in front.
 

@@ -8,19 +8,19 @@ and caches see the user's positions.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, as_compute
-from .backbones import Cut, bind, cache_argument
+from .backbones import Cut, Places, bind, cache_argument
 from .calls import parameter_names
-from .counted_cache import counted, counted_copy, has_length, prepare_classes
+from .counted_cache import Entry, count_made, counted, filled_with, has_length, prepare_classes
 from .errors import RequestError
 from .layers import BaseLayer
-from .masks import extended, is_causal
+from .masks import extended, has_windows, is_causal
 
 if TYPE_CHECKING:
     from .site import Link
@@ -59,6 +59,7 @@ class PromptAdapter(Adapter):
         self._key = uuid.uuid4().hex  # a copy of the adapter goes on with the same caches
         self._names = parameter_names(type(layer.module).forward)
         self._causal = is_causal(layer.module)
+        self._windows = has_windows(layer.module)
         prepare_classes()
         if type(self).embed is PromptAdapter.embed and not hasattr(layer.module, "get_input_embeddings"):
             raise layer.refuse(
@@ -155,17 +156,18 @@ class PromptAdapter(Adapter):
         cache_name = cache_argument(self._names)
         cache = given.get(cache_name) if cache_name else None
         own = None if cache is None else counted(cache)
-        before = () if own is None else own.filled
+        before: tuple[Entry, ...] = () if own is None else own.filled
         if own is not None:
             self._check_cache(own, block, length)
         prepend = not before
         past = 0 if own is None else own.get_seq_length()
-        self._extend(given, block, batch, length, past, prepend, source.device)
+        places = self._places(given.get("attention_mask"), block.n, length if prepend else before[-1][2])
+        self._extend(given, block, places, (batch, length, past), prepend, source.device)
         if prepend:
             embedded = self.embed(ids) if embedded is None else embedded
             virtual = as_compute(block.make(batch), embedded).expand(batch, -1, -1)
-            embedded = torch.cat([virtual, embedded], 1)
-            given[self._names[0]], given["inputs_embeds"] = None, embedded
+            given[self._names[0]], given["inputs_embeds"] = None, places.put(torch.cat([virtual, embedded], 1), 1)
+        entry = (block.key, block.n, length)
         if own is None:
             out = base(**given)
         else:
@@ -173,14 +175,18 @@ class PromptAdapter(Adapter):
             own.filled = before[:-1]
             try:
                 out = base(**given)
-                after = before or self._filled(own, block)
+                after = before or filled_with(own, entry)
             finally:
                 own.filled = after
         if not self.keep_positions:
-            out = Cut(block.n, block.n + length if prepend else None).output(out, self.layer.module)
-        if own is None:
-            out = self._count(out, cache_name, block)
-        return out
+            out = Cut(places, block.n + length if prepend else None).output(out, self.layer.module)
+        return count_made(out, cache_name, entry) if own is None and cache_name else out
+
+    def _places(self, mask: Any, n: int, first: int) -> Places:
+        """Where the virtual positions lie. `first` is the length of the input that they were put to."""
+        if not self._windows or self.keep_positions or not isinstance(mask, Tensor) or mask.dim() != 2:
+            return Places(n)
+        return Places(n, (mask.bool().cumsum(1) == 0).sum(1).clamp(max=first))
 
     def _check_cache(self, cache: Any, block: _Block, length: int) -> None:
         """Refuse a cache whose virtual positions are not these, and one without room for them."""
@@ -196,71 +202,57 @@ class PromptAdapter(Adapter):
                     f"{self.layer.path}: the static cache has room for {room} positions; {length} of the input and "
                     f"{block.n} virtual tokens need {block.n + length}. Make it {block.n} longer."
                 )
-        elif cache.filled[-1] != (block.key, block.n):
+        elif cache.filled[-1][:2] != (block.key, block.n):
             raise RequestError(
                 f"{self.layer.path}: the cache was filled with the virtual tokens of other adapters than are active "
                 "now; start with an empty cache, or activate those again"
             )
 
-    def _filled(self, cache: Any, block: _Block) -> tuple[tuple[str, int], ...]:
-        """What the cache holds after a first call. Models that checkpoint their blocks leave it empty."""
-        length = cache.get_seq_length()
-        if isinstance(length, int) and length == 0:
-            return ()
-        return (*cache.filled, (block.key, block.n))
-
-    def _count(self, out: Any, name: str, block: _Block) -> Any:
-        """Let a cache that the backbone made for itself leave the virtual positions out of its lengths."""
-        if not name:
-            return out
-        if isinstance(out, Mapping) and out.get(name) is not None:
-            cache, own = counted_copy(out[name])
-            own.filled = self._filled(own, block)
-            out[name] = cache  # type: ignore[index]
-        elif isinstance(out, tuple) and not hasattr(out, "_fields"):
-            at = next((i for i, value in enumerate(out) if hasattr(value, "get_seq_length")), None)
-            if at is not None:
-                cache, own = counted_copy(out[at])
-                own.filled = self._filled(own, block)
-                out = (*out[:at], cache, *out[at + 1 :])
-        return out
-
     def _extend(
-        self, given: dict[str, Any], block: _Block, batch: int, length: int, past: Any, prepend: bool, device: Any
+        self,
+        given: dict[str, Any],
+        block: _Block,
+        places: Places,
+        sizes: tuple[int, int, Any],
+        prepend: bool,
+        device: torch.device,
     ) -> None:
-        """Extend what has an entry for each position, in place. `past` counts without the virtual positions."""
+        """Extend what has an entry for each position, in place.
+
+        `sizes` are those of the batch, of the input, and of what the cache holds besides virtual positions.
+        """
         n, visible = block.n, block.visible
+        batch, length, past = sizes
         if visible is not None:
             visible = visible.to(device)
             if given.get("attention_mask") is None and "attention_mask" in self._names:
-                size = (
-                    counted(given[cache_argument(self._names)]).get_max_length()
-                    if isinstance(past, Tensor)
-                    else past + length
-                )
+                cache = given.get(cache_argument(self._names))
+                size = counted(cache).get_max_length() if isinstance(past, Tensor) else past + length
                 given["attention_mask"] = torch.ones(batch, size, dtype=torch.long, device=device)
-            if given.get("position_ids") is None and "position_ids" in self._names:
-                given["position_ids"] = (torch.arange(length, device=device) + past).expand(batch, -1)
+        by_row = visible is not None or (prepend and places.left is not None)
+        if by_row and given.get("position_ids") is None and "position_ids" in self._names:
+            given["position_ids"] = (torch.arange(length, device=device) + past).expand(batch, -1)
         columns = torch.ones(1, n, dtype=torch.bool, device=device) if visible is None else visible
         if (mask := given.get("attention_mask")) is not None:
             size = mask.shape[-1] if isinstance(mask, Tensor) else 0
             mask = extended(mask, columns, rows=prepend, causal=self._causal, where=self.layer.path)
             if prepend and size > n + length:  # a mask of a static cache's length, of which n are the virtual ones
                 mask = mask[..., :size]
-            given["attention_mask"] = mask
+            given["attention_mask"] = mask if places.left is None else places.put(mask, 1)
         for name in POSITIONS:
             if (positions := given.get(name)) is not None:
-                shift = n if visible is None else visible.sum(1, keepdim=True)
-                moved = positions + shift
+                moved = positions + (n if visible is None else visible.sum(1, keepdim=True))
                 if prepend:
                     front = torch.arange(n, device=positions.device, dtype=positions.dtype)
                     if visible is not None:
                         front = (visible.cumsum(1) - 1).clamp(min=0)
                     moved = torch.cat([front.expand(*moved.shape[:-1], n), moved], -1)
+                    moved = places.put(moved, -1, -2) if moved.dim() > 1 else moved
                 given[name] = moved
         types = given.get("token_type_ids")
         if prepend and types is not None:
-            given["token_type_ids"] = torch.cat([types.new_zeros(*types.shape[:-1], n), types], -1)
+            longer = torch.cat([types.new_zeros(*types.shape[:-1], n), types], -1)
+            given["token_type_ids"] = places.put(longer, -1, -2)
 
 
 class EncoderMask(Adapter):
