@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PLUGINS = ("peft_lora", "peft_ia3", "peft_prompt", "peft_orthogonal")
+PLUGINS = ("peft_lora", "peft_ia3", "peft_prompt", "peft_orthogonal", "peft_bottleneck")
 
 START = """
 import site, sys
