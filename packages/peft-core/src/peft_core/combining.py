@@ -40,8 +40,8 @@ def combine(
     how: str,
     config: AdapterConfig | None,
     options: Mapping[str, Any],
-) -> Draft:
-    """See `PeftModel.add_weighted_adapter`: the new adapter, built and filled, not yet on the model."""
+) -> tuple[Draft, Mapping[str, Any]]:
+    """See `PeftModel.add_weighted_adapter`: the new adapter, built and filled, not yet on the model; and the report."""
     state = state_of(model)
     assert state is not None
     require_unmerged(state, "combining adapters")
@@ -64,4 +64,4 @@ def combine(
             f"adapters {list(names)} cannot be combined by {how!r}: the {method.label} does not know how. Activate "
             "them together (set_adapter), merge them one after the other, or give the config of a method that combines"
         )
-    return checked_draft(model, name, found.config, True, None, start=found)
+    return checked_draft(model, name, found.config, True, None, start=found), found.report

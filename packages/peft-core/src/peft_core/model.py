@@ -126,11 +126,11 @@ class PeftModel(Mergeable, Saveable):
 
     def _with_losses(self, outputs: Any, request: Request, kwargs: Mapping[str, Any]) -> Any:
         """In training, the output with what the adapters add to its loss."""
-        if not (_module(self).training and request.names() and torch.is_grad_enabled()):
+        if not (_module(self).training and torch.is_grad_enabled()):
             return outputs
-        terms = terms_of(self._peft, request)
-        self._peft.routing.loss_terms = terms
-        return with_terms(outputs, terms, kwargs.get("labels") is not None)
+        routing, terms = self._peft.routing, terms_of(self._peft, request)
+        routing.loss_terms = terms
+        return outputs if routing.defers_losses else with_terms(outputs, terms, kwargs.get("labels") is not None)
 
     def adapter_losses(self) -> dict[str, Tensor]:
         """What the adapters added to the loss of the last call in training, by name; they are in `outputs.loss`.
@@ -184,20 +184,22 @@ class PeftModel(Mergeable, Saveable):
         adapters: Sequence[str],
         weights: Sequence[float],
         adapter_name: str,
-        combination_type: str = "linear",
+        combination_type: str = "svd",
         *,
         config: AdapterConfig | None = None,
         **options: Any,
-    ) -> None:
+    ) -> Mapping[str, Any]:
         """Add an adapter that is made of others, with its own tensors; the sources stay as they are.
 
-        The method of the first source (or of `config`, the new adapter's, where it is given) knows what
-        `combination_type` and `options` mean. The new adapter is trainable, and not activated.
+        Returns what the method reports, by site (how far an approximation is off, say). The method of the first source
+        (or of `config`, the new adapter's, where it is given) knows what `combination_type` and `options` mean. The new
+        adapter is trainable, and not activated.
 
         Raises `CombineError` where the adapters cannot be combined so, with nothing changed.
         """
-        combined = combine(_module(self), adapters, weights, adapter_name, combination_type, config, options)
-        install(_module(self), combined, trainable=True, activate=False)
+        made, report = combine(_module(self), adapters, weights, adapter_name, combination_type, config, options)
+        install(_module(self), made, trainable=True, activate=False)
+        return report
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameters of the active adapters for an optimizer, grouped as their methods wish; all else that trains last.

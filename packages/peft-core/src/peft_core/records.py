@@ -23,12 +23,14 @@ class AdapterState:
     """A config and values for an adapter that is still to be made: what calibration and combination return.
 
     `tensors` are by site, then by slot, a site being its path, or `path:part` where a module has several; slots that
-    are not given get their starting values. `shared` are by slot of the shared module.
+    are not given get their starting values. `shared` are by slot of the shared module. `report` is what the user is
+    told: how far an approximation is off, by site, say.
     """
 
     config: AdapterConfig
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .combining.conversion import LoraConversion, convert_to_lora, save_as_lora
     from .config import LoraConfig
+    from .loha import LoHaConfig
+    from .lokr import LoKrConfig
 
-__all__ = ["LoraConfig"]
+__all__ = ["LoHaConfig", "LoKrConfig", "LoraConfig", "LoraConversion", "convert_to_lora", "save_as_lora"]
+
+_MODULES = {
+    **dict.fromkeys(("LoraConversion", "convert_to_lora", "save_as_lora"), "combining.conversion"),
+    "LoHaConfig": "loha",
+    "LoKrConfig": "lokr",
+    "LoraConfig": "config",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LoraConfig":
-        from .config import LoraConfig
-
-        return LoraConfig
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -23,6 +23,7 @@ from peft_core.tree import walk
 
 from .attention import LoraAttention
 from .biases import own_bias
+from .combining.combination import peft_combine
 from .config import AVAILABLE, LoraConfig
 from .conv import LoraConv
 from .dora import Dora
@@ -33,7 +34,7 @@ from .selection import BIAS, FORM, PARAMETER, ROWS, TIED_ROWS, extra_sites
 from .settings import Patterns, Settings, check_file
 from .tokens import own_rows, tied_rows
 
-__all__ = ["LoraConfig"]
+__all__ = ["LoraConfig", "peft_combine"]
 
 
 class Prepared:
