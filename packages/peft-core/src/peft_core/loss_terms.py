@@ -19,11 +19,20 @@ def terms_of(state: PeftState, request: Request) -> dict[str, Tensor]:
         for adapter in state.adapters[name].adapters:
             if type(adapter).losses is Adapter.losses:
                 continue
-            for term, value in adapter.losses().items():
+            for term, value in _losses_of(adapter, name).items():
                 found[term] = found[term] + value if term in found else value
     for term, value in (request.call.losses if request.call else {}).items():
         found[term] = found[term] + value if term in found else value
     return found
+
+
+def _losses_of(adapter: Adapter, name: str) -> Mapping[str, Tensor]:
+    try:
+        return adapter.losses()
+    except Exception as error:
+        where = adapter.layer.path or "the model itself"
+        error.add_note(f"Raised in losses() of adapter {name!r} ({type(adapter).__name__}) at {where}.")
+        raise
 
 
 def with_terms(outputs: Any, terms: Mapping[str, Tensor], labelled: bool) -> Any:

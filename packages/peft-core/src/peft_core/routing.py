@@ -86,6 +86,8 @@ class Routing:
         """Whether an adapter of the model wants the facts of each call."""
         self.loss_terms: dict[str, Tensor] = {}
         """What adapters added to the loss of the last call."""
+        self.defers_losses = False
+        """Whether the caller adds the loss terms by itself."""
         self._backwards: dict[int, tuple[weakref.ref[Request], ...]] = {}
         self._requests: dict[int, Request] = {}
         self._in_flight: tuple[Request, ...] = ()

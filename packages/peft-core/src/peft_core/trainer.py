@@ -1,9 +1,15 @@
-"""transformers' `Trainer`, unmodified: adapters in its resume and best-model steps, methods at its optimizer's steps.
+"""transformers' `Trainer`, unmodified: adapters in its resume and best-model steps, methods at its optimizer's steps,
+loss terms in its loss.
 
 `Trainer` saves through `model.save_pretrained`, so its checkpoints hold adapters alone; but it reads them
 back only into models of another library. For our models these two steps load the adapters instead; for every
-other model they are what they were. Set `PEFT_CORE_TRAINER=0` before the first adapter is made to leave
-`Trainer` alone.
+other model they are what they were.
+
+`Trainer` may compute the loss past the model (label smoothing, a function of the user's); and a model that is told the
+number of items in all accumulated batches gives losses that are summed, not averaged. So the terms of adapters are
+added after its `compute_loss`, each batch having its share.
+
+Set `PEFT_CORE_TRAINER=0` before the first adapter is made to leave `Trainer` alone.
 """
 
 from __future__ import annotations
@@ -55,6 +61,16 @@ def _dispatch(module: Any) -> None:
         _drive(self)
         return optimizer
 
+    compute: Callable[..., Any] = trainer.compute_loss
+
+    @functools.wraps(compute)
+    def compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, **others: Any) -> Any:
+        def plainly() -> Any:
+            return compute(self, model, inputs, return_outputs=return_outputs, **others)
+
+        return _with_losses(self, model, others.get("num_items_in_batch"), return_outputs, plainly)
+
+    trainer.compute_loss = compute_loss
     trainer.create_optimizer = create_optimizer
     trainer._load_from_checkpoint = load_from_checkpoint
     trainer._load_best_model = load_best_model
@@ -71,6 +87,30 @@ def _drive(trainer: Any) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if isinstance(model, PeftModel) and isinstance(trainer.optimizer, torch.optim.Optimizer):
         drive(model, trainer.optimizer, step=lambda: int(trainer.state.global_step))
+
+
+def _with_losses(trainer: Any, model: Any, items: Any, with_outputs: bool, compute: Callable[[], Any]) -> Any:
+    """The loss that `compute` gives, and the terms of a model's adapters: one batch's share of a step's."""
+    from .model import PeftModel
+
+    bare = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+    if not isinstance(bare, PeftModel) or not model.training or trainer.args.n_gpu > 1:
+        return compute()
+    routing = bare._peft.routing
+    routing.loss_terms, routing.defers_losses = {}, True
+    try:
+        result = compute()
+    finally:
+        routing.defers_losses = False
+    if not routing.loss_terms:
+        return result
+    extra = sum(routing.loss_terms.values())
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+    if scaled:  # Trainer will not divide by the number of batches
+        extra = extra / getattr(trainer, "current_gradient_accumulation_steps", 1)
+    return (result[0] + extra, result[1]) if with_outputs else result + extra
 
 
 def _load_adapters(trainer: Any, directory: str, model: Any) -> bool:
