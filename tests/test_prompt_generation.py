@@ -170,6 +170,27 @@ def test_one_graph(kind: str, method: str) -> None:
     torch.testing.assert_close(again.logits, model(torch.cat([ids, last], 1)).logits[:, -1:], **CLOSE)
 
 
+@both
+@each
+def test_one_graph_for_each_step_of_a_static_cache(kind: str, method: str) -> None:
+    model, given = with_adapter(kind, method), batch(kind)
+    mask, found = given["attention_mask"], []
+    room = 16 - N if method == "prompt" else 16  # of the user's positions: the masks' length, the same at each step
+    for compiled in (False, True):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        scores = model(**given, cache=cache, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        torch._dynamo.reset()
+        step = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+        for at in range(3):
+            seen = torch.cat([mask, torch.ones(4, at + 1, dtype=torch.long)], 1)
+            seen = torch.nn.functional.pad(seen, (0, room - seen.shape[1]))
+            ids, positions = scores[:, -1:].argmax(-1), mask.sum(1, keepdim=True) + at
+            scores = step(ids, attention_mask=seen, cache=cache, position_ids=positions).logits
+            found.append(scores)
+        assert int(cache.get_seq_length()) == 8
+    torch.testing.assert_close(torch.stack(found[:3]), torch.stack(found[3:]), **CLOSE)
+
+
 # -- generation --------------------------------------------------------------------------------------------------------
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from peft_core import PeftModel, RequestError, SiteRequest, TargetError, get_peft_model
+from peft_core.backbones import Places, refuse_packed
 from peft_core.counted_cache import counted, counted_copy
-from peft_core.masks import extended, is_causal
+from peft_core.masks import extended, has_windows, is_causal
 from peft_core.prompts import EncoderMask
 
 WIDTH, VOCABULARY, N = 8, 11, 3
@@ -316,6 +317,51 @@ def test_kept_positions_and_the_mask_of_the_decoder() -> None:
     assert adapter(Link(), ids(), encoder_hidden_states=states[:, N:], encoder_attention_mask=mask) is mask
 
 
+def test_several_sequences_in_a_row_are_refused() -> None:
+    model = prompted()
+    packed = torch.tensor([[0, 1, 2, 0, 1]])
+    with pytest.raises(RequestError, match="several sequences each"):
+        model(ids(1), position_ids=packed)
+    mask = torch.ones(1, 5, dtype=torch.long)  # left padding may begin with any positions
+    assert model(ids(1), position_ids=packed, attention_mask=mask).shape == (1, 5, VOCABULARY)
+    with pytest.raises(RequestError, match="body: the rows hold several sequences"):
+        refuse_packed({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, "body")
+
+
+def test_tokens_of_each_row() -> None:
+    model = prompted()
+    adapter = model._peft.adapters["a"].adapters[0]
+    own = torch.randn(2, N, WIDTH, dtype=torch.float64)
+    adapter.virtual_tokens = lambda batch, base: own[:batch]
+    with model.disable_adapter():
+        longer = torch.cat([own, model.body.embed(ids())], 1)
+        expected = model(inputs_embeds=longer)[:, N:]
+    assert torch.equal(model(ids()), expected)
+
+
+def test_places_beside_the_input() -> None:
+    places = Places(2, torch.tensor([0, 1, 3]))
+    joined = torch.tensor([[-1, -2, 10, 11, 12]] * 3)
+    assert places.put(joined, 1).tolist() == [[-1, -2, 10, 11, 12], [10, -1, -2, 11, 12], [10, 11, 12, -1, -2]]
+    assert places.take_off(places.put(joined, 1), 1).tolist() == [[10, 11, 12]] * 3
+    assert places.put(joined[:1][None].expand(4, 1, 5), -1, -2).shape == (4, 3, 5)  # positions of several axes
+    scores = torch.arange(25).view(1, 1, 5, 5).expand(3, 2, 5, 5)
+    assert places.take_off(scores, -1).shape == (3, 2, 5, 3)
+    assert places.take_off(scores, -1)[2, 0, 0].tolist() == [0, 1, 2]
+    assert Places(2).put(joined, 1) is joined and Places(2).take_off(joined, 1).tolist() == [[10, 11, 12]] * 3
+
+
+def test_windows_are_found() -> None:
+    def of(**fields: Any) -> nn.Module:
+        module = nn.Linear(1, 1)
+        module.config = SimpleNamespace(**fields)  # type: ignore[assignment]
+        return module
+
+    assert not has_windows(nn.Linear(1, 1)) and not has_windows(of(sliding_window=None, layer_types=["full_attention"]))
+    assert has_windows(of(sliding_window=4)) and has_windows(of(layer_types=["full_attention", "sliding_attention"]))
+    assert has_windows(of(attention_layers=["global", "local"])) and has_windows(of(attention_chunk_size=8))
+
+
 def test_mistakes_of_an_author_are_told() -> None:
     model = prompted()
     model._peft.adapters["a"].adapters[0].num_virtual_tokens = 4
@@ -598,7 +644,7 @@ def test_prefixes_of_a_wrong_shape_and_modules_without_a_cache_are_refused(tmp_p
         make(PrefixConfig(n=2, by_hand=["body.embed", "body"]))
     with pytest.raises(TargetError, match="positions cannot be shifted"):
         make(PrefixConfig(n=2, by_hand=["body.layers.0", "head"]))
-    with pytest.raises(TargetError, match="which modules are its attention is not known"):
+    with pytest.raises(TargetError, match="is not known"):
         make(PrefixConfig(n=2))
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .architectures import model_type_of, role_names
+from .architectures import role_paths
 from .calls import parameter_names
 from .counted_cache import CACHE_NAMES
-from .errors import TargetError
+from .errors import RequestError, TargetError
 from .layers import SiteRequest
 from .tree import walk
 
@@ -47,38 +46,34 @@ def backbone_sites(model: nn.Module) -> list[SiteRequest]:
 def prefix_sites(model: nn.Module, *, cross: bool = False) -> list[SiteRequest]:
     """Where key/value prefixes go in a model of transformers.
 
-    Its attention modules, with `meta` of `role` "attention", `index` (counted from 0), `kv_heads`, `head_dim` and
-    `cross`; and, with the role "positions", the modules at which the input's positions are shifted (`PositionShift`),
-    if the model has positions. `cross` adds the attention to the encoder.
+    Its attention modules, with `meta` of `role` "attention", `index` (counted from 0), `kv_heads`, `head_dim`, `cross`
+    and `encoder` (whether it is in an encoder beside a decoder); and, with the role "positions" and `encoder`, the
+    modules at which the input's positions are shifted (`PositionShift`), if the model has positions. `cross` adds the
+    attention to the encoder.
 
     Raises `TargetError` where the model's type is not known to `peft_core.architectures`.
     """
     tree = walk(model)
-    names = role_names(model_type_of(model), ("attention",))
-    if not names:
-        raise TargetError(
-            f"{type(model).__name__}: which modules are its attention is not known (model type "
-            f"{model_type_of(model)!r}); an extension can tell (peft_architectures), or name the sites yourself"
-        )
-    found = [
-        (path, module)
-        for path, module in tree.modules
-        if (re.fullmatch(names, path) if isinstance(names, str) else path.rpartition(".")[2] in names)
-    ]
+    backbones = {request.path: request.meta["role"] for request in backbone_sites(model)}
+    encoder = next((path for path, role in backbones.items() if role == "encoder"), None)
+
+    def inside(path: str) -> bool:
+        return encoder is not None and (path == encoder or path.startswith(f"{encoder}."))
+
     requests: list[SiteRequest] = []
-    for path, module in found:
+    for path in role_paths(model, "attention"):
         across = any(word in path.rpartition(".")[2].lower() for word in ("cross", "encdec", "encoder_attn"))
         if across and not cross:
             continue
-        heads, width = _shape_of_keys(module, model)
-        meta = {"role": "attention", "index": len(requests), "kv_heads": heads, "head_dim": width, "cross": across}
-        requests.append(SiteRequest(path, meta=meta))
+        heads, width = _shape_of_keys(tree.module(path) or model, model)
+        meta = {"index": len(requests), "kv_heads": heads, "head_dim": width, "cross": across}
+        requests.append(SiteRequest(path, meta={"role": "attention", "encoder": inside(path), **meta}))
     positions = [path for path, _ in tree.modules if path.rpartition(".")[2] == "embed_positions"]
     if not positions:
-        backbones = {request.path for request in backbone_sites(model)}
         at = [(path, module) for path, module in tree.modules if path in backbones]
         positions = [path for path, module in at if "position_ids" in parameter_names(type(module).forward)]
-    return requests + [SiteRequest(path, part="positions", meta={"role": "positions"}) for path in positions]
+    shifts = [SiteRequest(p, part="positions", meta={"role": "positions", "encoder": inside(p)}) for p in positions]
+    return requests + shifts
 
 
 def _shape_of_keys(module: nn.Module, model: nn.Module) -> tuple[int, int]:
@@ -110,6 +105,18 @@ def attribute_of(module: nn.Module, names: Sequence[str]) -> Any:
 def cache_argument(names: Sequence[str]) -> str:
     """What the cache is called among a forward's arguments; empty where it takes none."""
     return next((name for name in CACHE_NAMES if name in names), "")
+
+
+PACKED = ("cu_seq_lens_q", "cu_seqlens_q")
+
+
+def refuse_packed(given: Mapping[str, Any], where: str) -> None:
+    """Raise `RequestError` for rows that hold several sequences each, told apart by where they begin."""
+    if any(given.get(name) is not None for name in PACKED):
+        raise RequestError(
+            f"{where or 'the model'}: the rows hold several sequences each (padding-free batches), and what is put "
+            "in front of a row would be in front of its first sequence alone; give one sequence for each row"
+        )
 
 
 def bind(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

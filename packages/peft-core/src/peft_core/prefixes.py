@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, as_compute
-from .backbones import attribute_of, bind, cache_argument
+from .backbones import attribute_of, bind, cache_argument, refuse_packed
 from .calls import parameter_names
 from .counted_cache import own_part
 from .errors import RequestError
@@ -92,6 +92,7 @@ class PrefixAdapter(Adapter):
         return first._run(joined[0], joined[1], visible, base, given)
 
     def _run(self, keys: Tensor, values: Tensor, visible: Tensor | None, base: Link, given: dict[str, Any]) -> Any:
+        refuse_packed(given, self.layer.path)
         hidden = given[self._names[0]]
         n = keys.shape[-2]
         cache: Any = given.get(self._cache)

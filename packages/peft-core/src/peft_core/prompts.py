@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, as_compute
-from .backbones import Cut, Places, bind, cache_argument
+from .backbones import PACKED, Cut, Places, bind, cache_argument, refuse_packed
 from .calls import parameter_names
 from .counted_cache import Entry, count_made, counted, filled_with, has_length, prepare_classes
 from .errors import RequestError
@@ -145,6 +145,7 @@ class PromptAdapter(Adapter):
 
     def _run(self, block: _Block, base: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = bind(self._names, args, kwargs)
+        self._refuse_packed(given)
         ids: Any = given.get(self._names[0])
         embedded: Tensor | None = given.get("inputs_embeds")
         source = ids if embedded is None else embedded
@@ -181,6 +182,17 @@ class PromptAdapter(Adapter):
         if not self.keep_positions:
             out = Cut(places, block.n + length if prepend else None).output(out, self.layer.module)
         return count_made(out, cache_name, entry) if own is None and cache_name else out
+
+    def _refuse_packed(self, given: dict[str, Any]) -> None:
+        """Refuse several sequences in a row. Positions tell, where nothing else separates a row's sequences."""
+        refuse_packed(given, self.layer.path)
+        positions = given.get("position_ids")
+        if not isinstance(positions, Tensor) or given.get("attention_mask") is not None or positions.shape[-1] < 2:
+            return
+        if torch.compiler.is_compiling() or given.get(cache_argument(self._names)) is not None:
+            return  # a graph cannot look at values; with a cache, transformers does not look for sequences either
+        if bool((positions[..., 1:] < positions[..., :-1]).any()):
+            refuse_packed({PACKED[0]: positions}, self.layer.path)
 
     def _places(self, mask: Any, n: int, first: int) -> Places:
         """Where the virtual positions lie. `first` is the length of the input that they were put to."""
