@@ -126,18 +126,11 @@ def _length(cache: Any) -> int:
         return 0
 
 
+@functools.cache
 def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     """The names of a forward's own parameters, without `self`."""
-    # The compiler warns of caches that it looks through.
-    return _names(forward) if torch.compiler.is_compiling() else _cached_names(forward)
-
-
-def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-
-
-_cached_names = functools.cache(_names)
 
 
 def take_arguments(own: tuple[str, ...], kwargs: dict[str, Any], declared: tuple[str, ...]) -> dict[str, Any]:
