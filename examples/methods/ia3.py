@@ -16,6 +16,8 @@ class IA3Config(TargetedConfig):
     """`feedforward_modules` are the targets that are rescaled at their input; not given, the down projections."""
 
     peft_type: ClassVar[str] = "IA3"
+    # Fields that the class of HF PEFT lacks.
+    written_if_set: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     default_roles: ClassVar[tuple[str, ...]] = ("key", "value", "down")
 
     feedforward_modules: tuple[str, ...] | None = None

@@ -11,6 +11,8 @@ class LnTuningConfig(TargetedConfig):
     """Without `target_modules`, every module whose class is called a norm."""
 
     peft_type: ClassVar[str] = "LN_TUNING"
+    # Fields that the class of HF PEFT lacks.
+    written_if_set: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
 
 
 class LnTuningAdapter(WeightAdapter):

@@ -23,6 +23,8 @@ class PolyConfig(TargetedConfig):
     """With more than one task, calls say `task_ids`: a number for each row of the batch."""
 
     peft_type: ClassVar[str] = "POLY"
+    # Fields that the class of HF PEFT lacks.
+    written_if_set: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     default_roles: ClassVar[tuple[str, ...]] = ("query", "value")
     request_arguments: ClassVar[tuple[str, ...]] = ("task_ids",)
 
