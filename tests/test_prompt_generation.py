@@ -401,6 +401,24 @@ def test_encoder_decoder_models_generate(kind: str, method: str) -> None:
     assert torch.equal(model.generate(**given, **GREEDY, num_beams=3, use_cache=False), beams)
 
 
+def test_rows_of_an_encoder_decoder_model_have_their_own_prompts() -> None:
+    model = get_peft_model(make("t5"), PromptConfig(n=3), "a")
+    model.add_adapter("b", PromptConfig(n=5))
+    given, names = right_padded(), ["a", "b", "__base__", "b"]
+    for mask in (given["attention_mask"], None):
+        full = {"input_ids": given["input_ids"], "attention_mask": mask}
+        together = model.generate(**full, **GREEDY, adapter_names=names)
+        for row, name in enumerate(names):
+            own = {k: v if v is None else v[row : row + 1] for k, v in full.items()}
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model.generate(**own, **GREEDY)
+            else:
+                model.set_adapter(name)
+                alone = model.generate(**own, **GREEDY)
+            assert torch.equal(together[row], alone[0]), (name, mask is None)
+
+
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])
@@ -427,6 +445,12 @@ def test_heads_of_encoders_see_the_users_positions(family: str, method: str, hea
         alone = model(own)[0][0]
         together = out[row] if head == "SequenceClassification" else out[row, : own.shape[1]]
         torch.testing.assert_close(together, alone, **CLOSE)
+    # Positions that are given by hand, for rows with prompts of different lengths, begin where the model's begin.
+    model.add_adapter("longer", METHODS[method](n=N + 2))
+    mixed = model(**given, adapter_names=["default", "longer"] * 2)[0]
+    for row, name in enumerate(["default", "longer"] * 2):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], model(**given)[0][row], **CLOSE)
 
 
 # -- other architectures -----------------------------------------------------------------------------------------------

@@ -290,12 +290,15 @@ def test_one_prompt_per_row_of_equal_and_of_other_lengths() -> None:
 
 def test_rows_that_cannot_have_their_own_are_refused() -> None:
     model = make(PromptConfig(n=3), PromptConfig(n=2))
-    for record in model._peft.adapters.values():
-        record.adapters[0].keep_positions = True
-    with pytest.raises(RequestError, match=r"\[2, 3\] virtual tokens"):
+    first, second = (model._peft.adapters[name].adapters[0] for name in "ab")
+    first.keep_positions = True
+    with pytest.raises(RequestError, match="some adapters of the batch keep virtual positions and some do not"):
         model(ids(), adapter_names=["a", "b"])
-    model._peft.adapters["a"].adapters[0].keep_positions = False
-    with pytest.raises(RequestError, match="some keep virtual positions|keep virtual positions and some"):
+    second.keep_positions = True
+    assert model.body(ids())["last_hidden_state"].shape[1] == 5 + 3
+    first._names = tuple(name for name in first._names if name != "position_ids")
+    model.body.base_layer.embed_positions = nn.Identity()
+    with pytest.raises(RequestError, match=r"\[2, 3\] virtual tokens, but positions are the same for all rows"):
         model(ids(), adapter_names=["a", "b"])
 
 

@@ -107,6 +107,20 @@ def cache_argument(names: Sequence[str]) -> str:
     return next((name for name in CACHE_NAMES if name in names), "")
 
 
+def visible_of(numbers: Sequence[int], index: Tensor) -> Tensor:
+    """Which of max(numbers) positions each row has, the last ones: (rows, n). `index` -1 stands for none."""
+    n = max(numbers)
+    own = torch.tensor([0, *numbers], device=index.device)[index + 1]
+    return torch.arange(n, device=index.device) >= n - own[:, None]
+
+
+def first_position(module: nn.Module) -> int:
+    """The position that a backbone gives the first token: after that of padding, where padding has one (RoBERTa)."""
+    embeddings: Any = getattr(module, "embeddings", None)
+    own = hasattr(embeddings, "create_position_ids_from_inputs_embeds")
+    return int(embeddings.padding_idx) + 1 if own else 0
+
+
 PACKED = ("cu_seq_lens_q", "cu_seqlens_q")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, as_compute
-from .backbones import attribute_of, bind, cache_argument, refuse_packed
+from .backbones import attribute_of, bind, cache_argument, first_position, refuse_packed, visible_of
 from .calls import parameter_names
 from .counted_cache import own_part
 from .errors import RequestError
@@ -87,9 +87,7 @@ class PrefixAdapter(Adapter):
             padded = [nn.functional.pad(piece, (0, 0, n - piece.shape[2], 0)) for piece in part]
             pieces = zip([torch.zeros_like(padded[0][:1]), *padded], counts, strict=True)
             joined.append(torch.cat([p.expand(count, -1, -1, -1) for p, count in pieces]).index_select(0, order))
-        own = torch.tensor(numbers, device=index.device)[index + 1]
-        visible = torch.arange(n, device=index.device) >= n - own[:, None]
-        return first._run(joined[0], joined[1], visible, base, given)
+        return first._run(joined[0], joined[1], visible_of(numbers[1:], index), base, given)
 
     def _run(self, keys: Tensor, values: Tensor, visible: Tensor | None, base: Link, given: dict[str, Any]) -> Any:
         refuse_packed(given, self.layer.path)
@@ -208,12 +206,15 @@ class PositionShift(Adapter):
         """The same for rows with different shifts. Raises `RequestError` where positions are those of all rows."""
         shifts = torch.tensor([0, *(a.num_virtual_tokens for a in adapters)], device=index.device)[index + 1]
         first: PositionShift = adapters[0]
-        if first._length and bool((shifts != shifts[0]).any()):
+        positions = bind(first._names, args, kwargs).get("position_ids")
+        if not first._length or (positions is not None and positions.dim() > 1):
+            return first._run(shifts[:, None], base, args, kwargs)
+        if bool((shifts != shifts[0]).any()):
             raise RequestError(
                 f"{first.layer.path}: the rows' prefixes have different lengths, but positions are the same for all "
                 "rows here; use adapters of one length in a batch, or call the model once for each"
             )
-        return first._run(int(shifts[0]) if first._length else shifts[:, None], base, args, kwargs)
+        return first._run(int(shifts[0]), base, args, kwargs)
 
     def _run(self, shift: Any, base: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = bind(self._names, args, kwargs)
@@ -239,10 +240,7 @@ class PositionShift(Adapter):
         if ids is not None and hasattr(embeddings, "create_position_ids_from_input_ids"):
             made: Tensor = embeddings.create_position_ids_from_input_ids(ids, embeddings.padding_idx)
             return made + past
-        first = past
-        if hasattr(embeddings, "create_position_ids_from_inputs_embeds"):
-            first = first + embeddings.padding_idx + 1
-        return (torch.arange(source.shape[1], device=source.device) + first)[None]
+        return (torch.arange(source.shape[1], device=source.device) + past + first_position(self.layer.module))[None]
 
 
 def _with_part(pair: Any, prefix: PrefixCache, cross: bool) -> Any:

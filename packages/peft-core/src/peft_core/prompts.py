@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, as_compute
-from .backbones import PACKED, Cut, Places, bind, cache_argument, refuse_packed
+from .backbones import PACKED, Cut, Places, bind, cache_argument, first_position, refuse_packed, visible_of
 from .calls import parameter_names
 from .counted_cache import Entry, count_made, counted, filled_with, has_length, prepare_classes
 from .errors import RequestError
@@ -60,6 +60,7 @@ class PromptAdapter(Adapter):
         self._names = parameter_names(type(layer.module).forward)
         self._causal = is_causal(layer.module)
         self._windows = has_windows(layer.module)
+        self._first = first_position(layer.module)
         prepare_classes()
         if type(self).embed is PromptAdapter.embed and not hasattr(layer.module, "get_input_embeddings"):
             raise layer.refuse(
@@ -107,7 +108,7 @@ class PromptAdapter(Adapter):
         n, uneven = max(numbers), min(numbers) < max(numbers)
         if len({adapter.keep_positions for adapter in adapters}) > 1:
             raise RequestError(f"{first.layer.path}: some adapters of the batch keep virtual positions and some do not")
-        if uneven and (first.keep_positions or first._counts_positions):
+        if uneven and first._counts_positions:
             raise RequestError(
                 f"{first.layer.path}: the rows' adapters have {sorted(set(numbers))} virtual tokens, but positions are "
                 "the same for all rows here; use adapters of one length in a batch, or call the model once for each"
@@ -122,9 +123,7 @@ class PromptAdapter(Adapter):
             rows = [piece.expand(count, -1, -1) for piece, count in zip([nobody, *padded], counts, strict=True)]
             return torch.cat(rows).index_select(0, order.argsort())
 
-        visible = None
-        if uneven:
-            visible = torch.arange(n, device=index.device) >= n - torch.tensor(numbers, device=index.device)[:, None]
+        visible = visible_of([adapter.num_virtual_tokens for adapter in adapters], index) if uneven else None
         key = " ".join("-" if at < 0 else adapters[at]._key for at in owners)
         return first._run(_Block(n, make, key, visible), base, args, kwargs)
 
@@ -243,7 +242,7 @@ class PromptAdapter(Adapter):
                 given["attention_mask"] = torch.ones(batch, size, dtype=torch.long, device=device)
         by_row = visible is not None or (prepend and places.left is not None)
         if by_row and given.get("position_ids") is None and "position_ids" in self._names:
-            given["position_ids"] = (torch.arange(length, device=device) + past).expand(batch, -1)
+            given["position_ids"] = (torch.arange(length, device=device) + past + self._first).expand(batch, -1)
         columns = torch.ones(1, n, dtype=torch.bool, device=device) if visible is None else visible
         if (mask := given.get("attention_mask")) is not None:
             size = mask.shape[-1] if isinstance(mask, Tensor) else 0
@@ -258,6 +257,7 @@ class PromptAdapter(Adapter):
                     front = torch.arange(n, device=positions.device, dtype=positions.dtype)
                     if visible is not None:
                         front = (visible.cumsum(1) - 1).clamp(min=0)
+                    front = front + self._first if name == "position_ids" else front
                     moved = torch.cat([front.expand(*moved.shape[:-1], n), moved], -1)
                     moved = places.put(moved, -1, -2) if moved.dim() > 1 else moved
                 given[name] = moved
@@ -280,10 +280,21 @@ class EncoderMask(Adapter):
         self._names = parameter_names(type(layer.module).forward)
 
     def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
+        return self._run(torch.ones(1, self.num_virtual_tokens, dtype=torch.bool), base, args, kwargs)
+
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Any], index: Tensor, base: Link, *args: Any, **kwargs: Any) -> Any:
+        """The same for rows whose encoders kept different numbers of positions."""
+        seen = visible_of([adapter.num_virtual_tokens for adapter in adapters], index)
+        first: EncoderMask = adapters[0]
+        return first._run(seen, base, args, kwargs)
+
+    def _run(self, seen: Tensor, base: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = bind(self._names, args, kwargs)
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
-        n = self.num_virtual_tokens
+        n = seen.shape[1]
+        if mask is None and isinstance(states, Tensor) and seen.shape[0] > 1:
+            mask = torch.ones(states.shape[0], states.shape[1] - n, dtype=torch.long, device=states.device)
         if isinstance(states, Tensor) and isinstance(mask, Tensor) and states.shape[1] == mask.shape[-1] + n:
-            seen = torch.ones(1, n, dtype=torch.bool, device=mask.device)
             given["encoder_attention_mask"] = extended(mask, seen, rows=False, causal=False, where=self.layer.path)
         return base(**given)
