@@ -24,15 +24,21 @@ _LIBRARIES = frozenset(
     }
 )  # fmt: skip
 _LONGEST = 3000
+_NOWHERE = "the hook that the message names; no line of the plugin itself raised"
 
 
 class BrokenPromise(AssertionError):
-    """A promise of the contract that a method does not keep. The message has three parts."""
+    """A promise of the contract that a method does not keep. The message has three parts.
 
-    def __init__(self, promise: str, seen: str, look: str) -> None:
-        super().__init__(f"\n  promise: {promise or 'an adapted model runs'}\n  seen:    {seen}\n  look at: {look}")
-        self.seen, self.look = seen, look
-        self.vague = not promise
+    `place` is the plugin's line that raised, where one did; `look` says where to look in general.
+    """
+
+    def __init__(self, promise: str, seen: str, look: str, place: str = "") -> None:
+        where = "; ".join(part for part in (place, look) if part)
+        parts = {"promise: ": promise or "an adapted model runs", "seen:    ": seen, "look at: ": where or _NOWHERE}
+        text = "\n".join(f"  {name}{part}".replace("\n", "\n           ") for name, part in parts.items())
+        super().__init__(f"\n{text}")
+        self.vague, self.seen, self.look, self.place = not promise, seen, look, place
 
 
 def check(kept: object, promise: str, seen: str, look: str) -> None:
@@ -54,10 +60,10 @@ def promised(promise: str, look: str = "") -> Iterator[None]:
         yield
     except BrokenPromise as error:
         if error.vague:
-            raise BrokenPromise(promise, error.seen, error.look) from error.__cause__
+            raise BrokenPromise(promise, error.seen, look or error.look, error.place) from error.__cause__
         raise
     except Exception as error:
-        raise BrokenPromise(promise, _described(error), _located(error, look)) from error
+        raise BrokenPromise(promise, _described(error), look, _place(error)) from error
 
 
 @contextmanager
@@ -71,7 +77,7 @@ def refused(kind: type[Exception], promise: str, look: str) -> Iterator[None]:
     except kind:
         return
     except Exception as error:
-        raise BrokenPromise(promise, _described(error), _located(error, look)) from error
+        raise BrokenPromise(promise, _described(error), look, _place(error)) from error
     raise BrokenPromise(promise, f"no {kind.__name__}", look)
 
 
@@ -97,15 +103,14 @@ def _described(error: BaseException) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
-def _located(error: BaseException, look: str) -> str:
-    """The plugin's line that raised, and the general hint."""
-    place = None
+def _place(error: BaseException) -> str:
+    """The plugin's line that raised the error, or what the error came from."""
     cause: BaseException | None = error
-    while cause is not None and place is None:
-        place = _plugins_line(cause.__traceback__)
+    while cause is not None:
+        if place := _plugins_line(cause.__traceback__):
+            return place
         cause = cause.__cause__
-    nowhere = "" if look else "the hook that the message names; no line of the plugin itself raised"
-    return "; ".join(part for part in (place, look, "" if place else nowhere) if part)
+    return ""
 
 
 def _plugins_line(traceback: TracebackType | None) -> str | None:

@@ -37,7 +37,8 @@ def check_contract(name: str, config: str | None = None, *, select: str = "", tr
 
     What the suite must know of a method is found out by trial: which layers it adapts, refuses and merges. A plugin
     that knows better says so in a module of its own next to the method's, called `<method's module>_contract`: for
-    `acme.turn` that is `acme.turn_contract`. Every subclass of `MethodContract` in it is run in place of the trial:
+    `acme.turn` that is `acme.turn_contract`. The subclasses of `MethodContract` in it whose names begin with `Test` are
+    run in place of the trial:
 
         from peft_core.testing import MethodContract
         from .turn import TurnConfig
@@ -98,23 +99,22 @@ def _shipped(method: Method, fields: Mapping[str, Any]) -> dict[str, type[Method
     classes = {
         key: value
         for key, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, MethodContract) and value.__module__ == name
+        if key.startswith("Test")
+        and isinstance(value, type)
+        and issubclass(value, MethodContract)
+        and value.__module__ == name
     }
     if not classes:
         raise MethodContractError(
             f"The {method.label} comes with {name}, which holds no contract.\nDefine a subclass of "
-            "peft_core.testing.MethodContract in it, or remove it to have the settings found out by trial."
+            "peft_core.testing.MethodContract in it, named Test..., or remove it to have the settings found by trial."
         )
     if not fields:
         return classes
-    return {
-        key: type(key, (value,), {"config": value.config.resolve(**fields)}) if _configured(value) else value
-        for key, value in classes.items()
-    }
-
-
-def _configured(value: type[MethodContract]) -> bool:
-    return isinstance(getattr(value, "config", None), AdapterConfig)
+    for key, value in classes.items():
+        if isinstance(getattr(value, "config", None), AdapterConfig):  # what has none is told so by the suite
+            classes[key] = type(key, (value,), {"config": value.config.resolve(**fields)})
+    return classes
 
 
 def _probed(method: Method, fields: Mapping[str, Any]) -> dict[str, type[MethodContract]]:
@@ -155,7 +155,10 @@ class _Outcomes:
             _, kind, test = report.nodeid.split("::", 2)
             name, _, case = test.partition("[")
             crash = getattr(report.longrepr, "reprcrash", None)
-            message = re.sub(r"^[\w.]*BrokenPromise: ", "", crash.message if crash else str(report.longrepr))
+            message = str(report.longrepr)
+            if crash is not None:
+                ours = re.match(r"[\w.]*BrokenPromise: ", crash.message)
+                message = crash.message[ours.end() :] if ours else f"{crash.path}:{crash.lineno}: {crash.message}"
             self.failed.setdefault((kind, name), []).append((case.rstrip("]"), message))
         elif report.when == "call" and report.passed:
             self.passed += 1
@@ -176,13 +179,14 @@ def _run(classes: Mapping[str, type[MethodContract]], select: str, tracebacks: b
     outcomes, start = _Outcomes(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, _alone():
         # Settings of its own: those of a project that happens to be around must not change what is proved.
-        ini, file = Path(folder, "pytest.ini"), Path(folder, "test_contract.py")
+        # A name of its own, too: Python imports one name once.
+        ini, file = Path(folder, "pytest.ini"), Path(folder, f"test_{Path(folder).name}.py")
         ini.write_text("[pytest]\n")
         file.write_text(_FILE)
         options = ["-c", str(ini), "--rootdir", folder, "--import-mode=importlib", "-p", "no:cacheprovider"]
         options += ["--tb=short"] if tracebacks else ["-p", "no:terminal"]
         collected.clear()
-        collected.update({key if key.startswith("Test") else f"Test{key}": value for key, value in classes.items()})
+        collected.update(classes)
         code = pytest.main([*options, *(["-k", select] if select else []), str(file)], plugins=[outcomes])
     if not tracebacks:
         outcomes.print()

@@ -8,7 +8,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from peft_core import hook_results
@@ -194,5 +193,9 @@ class Files(Setup):
             f"{type(self.config).peft_type!r} and {name!r}",
             "the config class; the entry point's name",
         )
-        if not name.isidentifier():
-            pytest.fail(f"{name!r} is no identifier: it stands in files and on command lines", pytrace=False)
+        check(
+            name.isidentifier(),
+            "the method's name is an identifier",
+            repr(name),
+            "the config class's `peft_type`; the entry point's name: it stands in files and on command lines",
+        )

@@ -45,9 +45,7 @@ class Gradients(Setup):
             f"with gradients: {sorted(used & set(self.unused))}; not among the trained tensors: {unknown}",
             f"`unused`: take the names out; the trained tensors are {sorted(parameters)}",
         )
-        leaked = [
-            name for name, p in base_parameters(model) if p.requires_grad or p.grad is not None
-        ]  # fmt: skip
+        leaked = [name for name, p in base_parameters(model) if p.requires_grad or p.grad is not None]
         check(
             not leaked,
             "no tensor of the base trains",
@@ -97,9 +95,9 @@ def without_gradient(model: nn.Module, unused: Collection[str] = ()) -> list[str
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of an adapted model that are not the adapter's."""
+    """The parameters of an adapted model that are not the adapter's, by the names they have in the base."""
     own = {id(parameter) for parameter in trained(model, "a").values()}
-    return [(name, p) for name, p in model.named_parameters() if id(p) not in own]
+    return [(name.replace(".base_layer.", "."), p) for name, p in model.named_parameters() if id(p) not in own]
 
 
 def loss(output: Tensor) -> Tensor:

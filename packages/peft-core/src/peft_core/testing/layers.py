@@ -58,23 +58,23 @@ class Layers(Setup):
         expected = self.run(layer, *args, **kwargs)
         model = self._adapt(case, random=False)
         starts = all(adapter.starts_as_base for adapter in record(model, "a").adapters)
-        difference = gap(self.run(model, *args, rows=case.rows, **kwargs), expected)
+        start = self.run(model, *args, rows=case.rows, **kwargs)
+        look = "Adapter.forward: shapes, and the layer's own hyper-parameters"
         check(
-            difference <= self.tolerance or not starts,
+            [(t.shape, t.dtype) for t in flat(start)] == [(t.shape, t.dtype) for t in flat(expected)],
+            f"{case.name}: the output has the shape and dtype of the base's",
+            f"{kinds(start)}, and the base's is {kinds(expected)}",
+            look,
+        )
+        check(
+            gap(start, expected) <= self.tolerance or not starts,
             f"{case.name}: an adapter at its start leaves the layer's output unchanged",
-            f"outputs differ by {difference:.2g} (infinite: another shape)",
-            "Adapter.reset_parameters; Adapter.forward: shapes, and the layer's own hyper-parameters",
+            f"outputs differ by {gap(start, expected):.2g}",
+            f"Adapter.reset_parameters; {look}",
         )
         self.fill(model, "a")
         out = self.run(model, *args, rows=case.rows, **kwargs)
         empty = not any(tensor.numel() for tensor in flat(expected))
-        look = "Adapter.forward: shapes, and the layer's own hyper-parameters"
-        check(
-            [(t.shape, t.dtype) for t in flat(out)] == [(t.shape, t.dtype) for t in flat(expected)],
-            f"{case.name}: the output has the shape and dtype of the base's",
-            f"{kinds(out)}, and the base's is {kinds(expected)}",
-            look,
-        )
         check(
             empty or 1e-6 < gap(out, expected) < float("inf"),
             f"{case.name}: an adapter with random values acts",
