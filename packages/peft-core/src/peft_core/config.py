@@ -107,6 +107,11 @@ class AdapterConfig(BaseModel):
         """Names of other adapters of the model that this one is made of: they must be there, and stay."""
         return ()
 
+    @property
+    def trains_referred(self) -> bool:
+        """Whether those adapters train along with this one; else they stay as they are."""
+        return False
+
     def resolve(self: SelfConfig, **updates: Any) -> SelfConfig:
         """Return a validated copy with `updates`; `self` stays as it is. Raises `ConfigError`."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
@@ -165,6 +170,13 @@ class AdapterConfig(BaseModel):
         if peft_type is not None:
             data["peft_type"] = peft_type
         return data
+
+    def beside_tensors(self, *, inference_mode: bool | None = None) -> dict[str, Any]:
+        """Return what an adapter's file holds: `to_dict`, unless the tensors have a form that another config describes.
+
+        `translate` turns it back.
+        """
+        return self.to_dict(inference_mode=inference_mode)
 
     def to_json(self, *, inference_mode: bool | None = None) -> str:
         """Return `to_dict` as text: sorted keys, indent 2, final newline."""

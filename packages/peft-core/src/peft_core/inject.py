@@ -39,6 +39,7 @@ def attach(model: nn.Module, state: PeftState, draft: Draft, undo: Undo) -> None
             container = model._modules[SHARED] = nn.Module()
         undo.keep(container._modules)
         container._modules[record.name] = record.shared
+    record.shared.train(model.training)
     state.adapters[record.name] = record
     state.note_adapters()
 

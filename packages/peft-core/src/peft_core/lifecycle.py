@@ -79,11 +79,16 @@ def activate_records(
 ) -> None:
     for name in state.active:
         if name not in {record.name for record in records}:
-            undo.keep_flags(state.adapters[name])
-            state.adapters[name].require_grad(False)
+            config = state.adapters[name].config
+            for other in (name, *(config.refers_to() if config.trains_referred else ())):
+                undo.keep_flags(state.adapters[other])
+                state.adapters[other].require_grad(False)
     for record in records:
         undo.keep_flags(record)
         record.require_grad(record.trainable and not inference_mode)
+        for other in record.config.refers_to() if record.config.trains_referred else ():
+            undo.keep_flags(state.adapters[other])
+            state.adapters[other].require_grad(record.trainable and not inference_mode)
     state.active = tuple(record.name for record in records)
     state.publish()
 

@@ -31,18 +31,27 @@ class Link:
     It also knows the running call of the model, and the way to other adapters.
     """
 
-    __slots__ = ("_site", "inner", "layer", "request")
+    __slots__ = ("_known", "_site", "inner", "layer", "request")
 
-    def __init__(self, site: Site, inner: tuple[Adapter, ...] = (), request: Request = _NO_REQUEST) -> None:
+    def __init__(
+        self,
+        site: Site,
+        inner: tuple[Adapter, ...] = (),
+        request: Request = _NO_REQUEST,
+        known: _Known | None = None,
+    ) -> None:
         self._site = site
         self.layer = site._layer
         self.inner = inner
         self.request = request
+        self._known = known
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._known is not None and self._known.is_of(self.inner, args, kwargs):
+            return self._known.out
         if not self.inner:
             return self._site.run_base(*args, **kwargs)
-        return self.inner[-1](Link(self._site, self.inner[:-1], self.request), *args, **kwargs)
+        return self.inner[-1](Link(self._site, self.inner[:-1], self.request, self._known), *args, **kwargs)
 
     @property
     def call(self) -> Call:
@@ -73,18 +82,43 @@ class Link:
     def through(self, name: str, *args: Any, out: Any = None, **kwargs: Any) -> Any:
         """What this callable and then the adapter `name` of the model give for these arguments.
 
-        `out` is what the callable alone gives for them, where that is known: additive adapters need no more.
-        Where the adapter is not at this site, that is the result.
+        `out` is what the callable alone gives for them, where that is known: it is not run again for an adapter that
+        calls it with the same objects (a second run would fill a cache of keys and values twice, or draw another
+        dropout). Where the adapter is not at this site, that is the result.
 
-        Raises `AdapterNotFoundError`.
+        Raises `AdapterNotFoundError`, and `RequestError` where the adapter cannot be chosen for some rows of a batch.
         """
-        self._site._routing.check_name(name)
-        chain = self._site.chain((name,))
+        chain = self._chain_of(name)
         if out is not None and len(args) == 1 and not kwargs and all(adapter.additive for adapter in chain):
             for adapter in chain:
                 out = adapter.accumulate(out, args[0])  # type: ignore[operator]
             return out
-        return Link(self._site, self.inner + chain, self.request)(*args, **kwargs)
+        known = None if out is None else _Known(self.inner, args, kwargs, out)
+        return Link(self._site, self.inner + chain, self.request, known)(*args, **kwargs)
+
+    def delta(self, name: str, *args: Any, out: Tensor, **kwargs: Any) -> Tensor | None:
+        """What the adapter `name` adds to `out`, which this callable gives for these arguments; None if nothing here.
+
+        Raises `AdapterNotFoundError`.
+        """
+        chain = self._chain_of(name)
+        if not chain:
+            return None
+        if len(args) == 1 and not kwargs and all(adapter.additive for adapter in chain):
+            found = torch.zeros_like(out)
+            for adapter in chain:
+                found = adapter.accumulate(found, args[0])  # type: ignore[operator]
+            return found
+        known = _Known(self.inner, args, kwargs, out)
+        whole: Tensor = Link(self._site, self.inner + chain, self.request, known)(*args, **kwargs)
+        return whole - out
+
+    def _chain_of(self, name: str) -> tuple[Adapter, ...]:
+        self._site._routing.check_name(name)
+        chain = self._site.chain((name,))
+        if self.request.rows is not None:
+            self._site.check_rowwise(chain)
+        return chain
 
     def params(self) -> Params:
         """Effective weights of the layer and every adapter further in.
@@ -95,6 +129,27 @@ class Link:
         for adapter in self.inner:
             params = adapter.effective(params)
         return params
+
+
+class _Known:
+    """What the adapters `inner` and their layer give for some arguments."""
+
+    __slots__ = ("args", "inner", "kwargs", "out")
+
+    def __init__(self, inner: tuple[Adapter, ...], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        self.inner = inner
+        self.args = args
+        self.kwargs = kwargs
+        self.out = out
+
+    def is_of(self, inner: tuple[Adapter, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return (
+            len(inner) == len(self.inner)
+            and len(args) == len(self.args)
+            and kwargs.keys() == self.kwargs.keys()
+            and all(one is other for one, other in zip(args, self.args, strict=True))
+            and all(value is self.kwargs[name] for name, value in kwargs.items())
+        )
 
 
 class Site(nn.Module):
@@ -205,12 +260,7 @@ class Site(nn.Module):
         if not any(chain for chain, _ in groups):
             return self.run_base(*args, **kwargs)
         for chain, _ in groups:
-            for adapter in chain:
-                if not adapter.rowwise:
-                    raise RequestError(
-                        f"{self._layer.path}: {type(adapter).__name__} mixes the rows of a batch, so it cannot be "
-                        "chosen per row with adapter_names; call the model once per adapter"
-                    )
+            self.check_rowwise(chain)
         if len(groups) == 1:
             return self._run(groups[0][0], request, args, kwargs)
         at_once = self._rows_at_once(groups, size, request, args, kwargs)
@@ -231,6 +281,15 @@ class Site(nn.Module):
             pieces.append(self._run(chain, own, *self._layer.take_rows(args, kwargs, size, rows)))
         order = torch.cat([rows for _, rows in groups]).argsort()
         return self._layer.join_rows(pieces, [len(rows) for _, rows in groups], order)
+
+    def check_rowwise(self, chain: tuple[Adapter, ...]) -> None:
+        """Raise `RequestError` where one of these adapters cannot act on a part of a batch."""
+        for adapter in chain:
+            if not adapter.rowwise:
+                raise RequestError(
+                    f"{self._layer.path}: {type(adapter).__name__} mixes the rows of a batch, so it cannot be "
+                    "chosen per row with adapter_names; call the model once per adapter"
+                )
 
     def _rows_at_once(
         self,

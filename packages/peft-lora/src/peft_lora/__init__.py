@@ -10,14 +10,25 @@ if TYPE_CHECKING:
     from .config import LoraConfig
     from .loha import LoHaConfig
     from .lokr import LoKrConfig
+    from .xlora import XLoraConfig, xlora_controls
 
-__all__ = ["LoHaConfig", "LoKrConfig", "LoraConfig", "LoraConversion", "convert_to_lora", "save_as_lora"]
+__all__ = [
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoraConfig",
+    "LoraConversion",
+    "XLoraConfig",
+    "convert_to_lora",
+    "save_as_lora",
+    "xlora_controls",
+]
 
 _MODULES = {
     **dict.fromkeys(("LoraConversion", "convert_to_lora", "save_as_lora"), "combining.conversion"),
     "LoHaConfig": "loha",
     "LoKrConfig": "lokr",
     "LoraConfig": "config",
+    **dict.fromkeys(("XLoraConfig", "xlora_controls"), "xlora"),
 }
 
 
