@@ -10,7 +10,7 @@ import torch
 from .checks import check, gap, promised
 from .gradients import backward
 from .models import TIME, seeded, token_ids
-from .setup import Setup, record, trained
+from .setup import Setup, fixed_seed, record, trained
 
 # What the kinds of layers are called in a Llama; "model" needs no name.
 NAMES = {
@@ -52,13 +52,13 @@ class LanguageModel(Setup):
                 f"{mixed[:2].tolist()} for {[tokens['a'][0].tolist(), tokens['b'][1].tolist()]}",
                 look,
             )
-        plain = self._gradients(model, ids)
+        plain = self._gradients(model.train(), ids)
         # The name since transformers 5.24, and the one before.
         for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
             if hasattr(model, name):
                 getattr(model, name)({"use_reentrant": False})
                 break
-        again = self._gradients(model.train(), ids)
+        again = self._gradients(model, ids)
         worst = max(gap(again[name], grad) for name, grad in plain.items())
         check(
             worst <= self.tolerance,
@@ -79,8 +79,10 @@ class LanguageModel(Setup):
             )
 
     def _gradients(self, model: Any, ids: torch.Tensor) -> dict[str, Any]:
+        """With the same random numbers each time, for methods that draw some in training."""
         model.zero_grad()
-        with promised("forward and backward of an adapted language model run", "Adapter.forward"):
+        look = "Adapter.forward"
+        with promised("forward and backward of an adapted language model run", look), fixed_seed("training"):
             backward(model(ids, use_cache=False, **self.arguments(model, (ids,), None)).logits)
         return {name: p.grad for name, p in trained(model, "a").items()}
 
