@@ -104,7 +104,7 @@ def _with_losses(trainer: Any, model: Any, items: Any, with_outputs: bool, compu
         routing.defers_losses = False
     if not routing.loss_terms:
         return result
-    extra = sum(routing.loss_terms.values())
+    extra: Any = sum(routing.loss_terms.values())
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:
         scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
