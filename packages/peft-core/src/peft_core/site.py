@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -275,10 +275,12 @@ class Site(nn.Module):
                         part = adapter.accumulate(part, x)  # type: ignore[operator]
                     out = out.index_copy(dim, rows, part)
             return out
-        pieces = []
-        for chain, rows in groups:
+        pieces, nests = [], self._nests()
+        for (active, _), (chain, rows) in zip(request.groups(size, first.device), groups, strict=True):
             own = request if request.call is None else replace(request, call=request.call.of_rows(rows, size))
-            pieces.append(self._run(chain, own, *self._layer.take_rows(args, kwargs, size, rows)))
+            own = replace(own, active=active, rows=None) if nests else own  # sites inside see these rows alone
+            with self._routing.within(own) if nests else nullcontext():
+                pieces.append(self._run(chain, own, *self._layer.take_rows(args, kwargs, size, rows)))
         order = torch.cat([rows for _, rows in groups]).argsort()
         return self._layer.join_rows(pieces, [len(rows) for _, rows in groups], order)
 
@@ -290,6 +292,11 @@ class Site(nn.Module):
                     f"{self._layer.path}: {type(adapter).__name__} mixes the rows of a batch, so it cannot be "
                     "chosen per row with adapter_names; call the model once per adapter"
                 )
+
+    def _nests(self) -> bool:
+        """Whether other sites are inside this one."""
+        inside = self.base_layer.modules() if self._layer.kind in ("module", "attention") else ()
+        return any(isinstance(module, Site) for module in inside)
 
     def _rows_at_once(
         self,
