@@ -106,13 +106,10 @@ class BottleneckConfig(TargetedConfig):
                 raise ValueError("give a number, or a mapping from layers to numbers")
             if not (factor > 0 and math.isfinite(factor)):
                 raise ValueError("the width of the layer is divided by it: give a finite number greater than 0")
-        if not isinstance(value, Mapping):
-            return value
-        factors = {str(key): factor for key, factor in value.items()}
-        for key in factors:
+        for key in value if isinstance(value, Mapping) else ():
             if key != "default" and not (key.isascii() and key.isdigit()):
-                raise ValueError(f'its keys are numbers of layers or "default", not {key!r}')
-        return factors
+                raise ValueError(f'its keys are numbers of layers, as strings, or "default", not {key!r}')
+        return value
 
     @field_validator("non_linearity")
     @classmethod
