@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .config import LoraConfig
     from .loha import LoHaConfig
     from .lokr import LoKrConfig
+    from .optimizers import create_lorafa_optimizer, create_loraplus_optimizer
     from .xlora import XLoraConfig, xlora_controls
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "LoraConversion",
     "XLoraConfig",
     "convert_to_lora",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
     "save_as_lora",
     "xlora_controls",
 ]
@@ -28,6 +31,7 @@ _MODULES = {
     "LoHaConfig": "loha",
     "LoKrConfig": "lokr",
     "LoraConfig": "config",
+    **dict.fromkeys(("create_lorafa_optimizer", "create_loraplus_optimizer"), "optimizers"),
     **dict.fromkeys(("XLoraConfig", "xlora_controls"), "xlora"),
 }
 
