@@ -32,7 +32,10 @@ def create_loraplus_optimizer(
     """
     if loraplus_lr_ratio <= 0:
         raise PeftError(f"create_loraplus_optimizer: loraplus_lr_ratio is positive, not {loraplus_lr_ratio}")
-    fast, slow, plain, embedding = [], [], [], []
+    fast: list[nn.Parameter] = []
+    slow: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    embedding: list[nn.Parameter] = []
     for name, parameter in _trained(model):
         if "lora_embedding" in name:
             embedding.append(parameter)
@@ -46,7 +49,7 @@ def create_loraplus_optimizer(
         {"params": fast, "lr": lr * loraplus_lr_ratio, "weight_decay": loraplus_weight_decay},
         {"params": plain, "lr": lr * loraplus_lr_ratio, "weight_decay": 0.0},
     ]
-    return optimizer_cls([group for group in groups if group["params"]], **{"lr": lr, **kwargs})  # type: ignore[arg-type]
+    return optimizer_cls([group for group in groups if group["params"]], **{"lr": lr, **kwargs})
 
 
 def create_lorafa_optimizer(
@@ -98,7 +101,7 @@ class LoraFA(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; `closure` computes the loss anew."""
         loss = None
         if closure is not None:
@@ -118,7 +121,8 @@ class LoraFA(torch.optim.Optimizer):
         a, scaling = self._partners[id(parameter)]
         wide = a.to(torch.promote_types(a.dtype, torch.float32))
         gram = wide @ wide.t() + 1e-8 * torch.eye(len(wide), device=wide.device, dtype=wide.dtype)
-        return (gradient.to(wide) @ torch.linalg.pinv(gram) / scaling**2).to(gradient.dtype)
+        nearest: Tensor = (gradient.to(wide) @ torch.linalg.pinv(gram) / scaling**2).to(gradient.dtype)
+        return nearest
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
