@@ -60,7 +60,7 @@ def extended(mask: Any, columns: Tensor, *, rows: bool, causal: bool, where: str
     if mask.dim() == 2:
         return torch.cat([columns.to(mask.dtype).expand(mask.shape[0], -1), mask], 1)
     n = columns.shape[-1]
-    seen = columns[(slice(None), *(None,) * (mask.dim() - 2))]  # (batch or 1, 1, 1, n)
+    seen = columns.view(-1, *[1] * (mask.dim() - 2), n)
     wide = torch.cat([_as(seen, mask).expand(*mask.shape[:-1], n), mask], -1)
     if not rows:
         return wide
