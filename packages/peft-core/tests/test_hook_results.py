@@ -55,7 +55,7 @@ def plugin(name: str = "acme_module", **hooks: Callable[..., Any]) -> types.Modu
 def _clean() -> Iterator[None]:
     yield
     methods._registered.clear()
-    for name in extensions.names():
+    for name in [name for name, entry in extensions._entries.items() if entry is None]:  # not the installed ones
         extensions.unregister(name)
 
 

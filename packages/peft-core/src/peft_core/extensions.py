@@ -42,6 +42,7 @@ class Extensions:
         self._manager = new_manager("extensions", ExtensionSpecs, MethodSpecs)
         self._loaded = False
         self._entries: dict[str, Entry | None] = {}
+        self._alone: dict[str, pluggy.PluginManager] = {}
         self._wrapped: weakref.WeakKeyDictionary[pluggy.PluginManager, set[str]] = weakref.WeakKeyDictionary()
 
     @property
@@ -107,6 +108,7 @@ class Extensions:
                 raise MethodNotFoundError(f"No extension {name!r} was registered at run time.")
             del self._entries[name]
             self._manager.unregister(name=name)
+            self._alone.pop(name, None)
             for manager, names in self._wrapped.items():
                 if name in names:
                     names.discard(name)
@@ -123,12 +125,13 @@ class Extensions:
 
     def one_by_one(self, hook_name: str) -> Iterator[tuple[str, pluggy.HookCaller]]:
         """The callers of one hook for each extension alone, with the extension's name for messages."""
-        plugins = dict(self._manager.list_name_plugin())
-        for name, plugin in plugins.items():
-            others = [other for other in plugins.values() if other is not plugin]
+        for name, plugin in self._manager.list_name_plugin():
             entry = self._entries.get(name)
             label = entry.label if entry else f"extension {name!r} (registered at run time)"
-            yield label, self._manager.subset_hook_caller(hook_name, others)
+            if name not in self._alone:  # pluggy's subset of a manager's plugins is for hashable ones
+                self._alone[name] = new_manager(f"extension {name}", ExtensionSpecs, MethodSpecs)
+                self._alone[name].register(plugin, name)
+            yield label, getattr(self._alone[name].hook, hook_name)
 
     def wrap(self, manager: pluggy.PluginManager) -> None:
         """Put the wrappers of all extensions into a method's manager, those that are not there yet."""

@@ -54,6 +54,9 @@ class BaseLayer:
     kind: ClassVar[str] = "module"
     batch_dim: int = 0
 
+    write_is_approximate: str = ""
+    """Why `write` keeps not quite what it is given (a quantised storage); empty where it does. Merging then warns."""
+
     def __init__(self, module: nn.Module, path: str, request: SiteRequest | None = None) -> None:
         self.module = module
         self.path = path

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import hook_results
-from .adapter import Adapter
 from .errors import MergeError
 from .layers import BaseLayer
 from .planning import HALF
@@ -50,6 +49,7 @@ def merge(
         before = layer.snapshot(tuple(merged))
         undo.add(lambda layer=layer, before=before: layer.restore(before))  # type: ignore[misc]
         layer.write(merged)
+        _warn_of_approximation(path, f"into a {type(layer.module).__name__}", layer.write_is_approximate)
         snapshots[path] = before
         for name, parameter in layer.snapshot(tuple(merged)).items():
             ties.setdefault(id(before[name]), []).append((layer, name, parameter))
@@ -92,7 +92,7 @@ def _merged(
                 params=dict(params),
                 arguments=arguments,
             )
-            _warn_of_approximation(path, adapter)
+            _warn_of_approximation(path, type(adapter).__name__, adapter.merge_is_approximate)
     unknown = params.keys() - before.keys()
     if unknown:
         raise MergeError(
@@ -114,11 +114,11 @@ def _merged(
     return changed
 
 
-def _warn_of_approximation(path: str, adapter: Adapter) -> None:
-    if adapter.merge_is_approximate:
+def _warn_of_approximation(path: str, what: str, why: str) -> None:
+    if why:
         warnings.warn(
-            f"{path}: merging {type(adapter).__name__} is an approximation: {adapter.merge_is_approximate}. Outputs "
-            "change; keep the adapter attached where that matters.",
+            f"{path}: merging {what} is an approximation: {why}. Outputs change; keep the adapter attached where that "
+            "matters.",
             stacklevel=2,
         )
 

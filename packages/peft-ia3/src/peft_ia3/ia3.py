@@ -14,7 +14,7 @@ Both are changes of the weight, so merging is exact: W' = diag(l) W, b' = l ∘ 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from pydantic import field_validator, model_validator
 from torch import Tensor, nn
@@ -123,13 +123,18 @@ def peft_prepare(config: IA3Config, layers: Sequence[BaseLayer], trusted: bool) 
 def peft_build(config: IA3Config, layer: BaseLayer, tensors: Mapping[str, Tensor] | None) -> IA3Adapter:
     names = NameMatcher(config.feedforward_modules or (), what="feedforward_modules", trusted=False)
     feedforward = names.matches(layer.path)
-    if tensors and "ia3_l" in tensors and isinstance(layer, LinearLayer):
+    if tensors and "ia3_l" in tensors and is_linear(layer):
         # HF PEFT takes "fc" for a name of "prefc" too: what a file of it means is seen from the tensor's
         # shape.
         output, input = ((layer.out_features, 1), (1, layer.in_features))
         if output != input and tuple(tensors["ia3_l"].shape) in (output, input):
             feedforward = tuple(tensors["ia3_l"].shape) == input
     return IA3Adapter(layer, feedforward, ones=config.init_ia3_weights)
+
+
+def is_linear(layer: BaseLayer) -> TypeGuard[LinearLayer]:
+    """Whether the layer is linear, whatever stores its weight: an extension's view is of its own class."""
+    return layer.kind == "linear"
 
 
 class IA3Adapter(Adapter):
@@ -147,7 +152,7 @@ class IA3Adapter(Adapter):
             shape = (1, self.size, *spatial)
             # Without the batch axis, so that unbatched inputs keep their rank.
             self.broadcast = (self.size, *spatial)
-        elif isinstance(layer, LinearLayer):
+        elif is_linear(layer):
             self.size = layer.in_features if feedforward else layer.out_features
             shape = (1, self.size) if feedforward else (self.size, 1)
             self.broadcast = (self.size,)
