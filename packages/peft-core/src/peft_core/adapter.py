@@ -8,7 +8,7 @@ Classes are abstract or final: concrete adapters do not inherit from one another
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -104,6 +104,15 @@ class Adapter(nn.Module):
         """Slot name -> tensor, the adapter's part of a checkpoint."""
         return {slot: getattr(owner, name) for slot, (owner, name) in self.slots().items()}
 
+    def parts(self, slot: str, value: Tensor) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Where a slot's value is kept: (owner, attribute, its part of `value`) for each tensor.
+
+        Override it together with `slots` where a file holds several tensors as one: the slot's attribute is then a
+        property that puts them together, and this takes them apart. `value` has the slot's shape.
+        """
+        owner, name = self.slots()[slot]
+        yield owner, name, value
+
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take tensors of the exact slots and shapes of `state()`; dtype and device become the adapter's own.
 
@@ -121,10 +130,10 @@ class Adapter(nn.Module):
                     f"{self.layer.path}.{slot}: the file has shape {tuple(tensors[slot].shape)}, "
                     f"the adapter {tuple(getattr(owner, name).shape)}"
                 )
-        for slot, (owner, name) in slots.items():
+        for owner, name, part in [part for slot in slots for part in self.parts(slot, tensors[slot])]:
             old: Tensor = getattr(owner, name)
             device = self.layer.device if old.is_meta else old.device
-            value = tensors[slot].detach().to(device=device, dtype=old.dtype)
+            value = part.detach().to(device=device, dtype=old.dtype)
             if name in owner._parameters:
                 owner._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
             else:

@@ -78,7 +78,7 @@ def save(
     config = record.config
     if base_model_name_or_path is not None:
         config = config.resolve(base_model_name_or_path=os.fspath(base_model_name_or_path))
-    data = config.to_dict(inference_mode=True)
+    data = config.beside_tensors(inference_mode=True)
     if config.task_type is None and base_class is not None:
         data["auto_mapping"] = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     text = dump_json(data)
@@ -113,7 +113,7 @@ def export(save_format: str, directory: Path, record: AdapterRecord, model: nn.M
     Raises `CheckpointError` where no installed extension knows the format, or a tensor cannot be written.
     """
     tensors = {key: _storable(record.name, key, tensor) for key, tensor in collect(record).items()}
-    data = record.config.to_dict(inference_mode=True)
+    data = record.config.beside_tensors(inference_mode=True)
     written = call_extensions(
         "peft_export", save_format=save_format, path=directory, config=data, tensors=tensors, model=model
     )

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from .config_errors import readable
 from .errors import ConfigError
 from .files import write_atomically
-from .plain_data import NotPlainError, dump_json, hashable, read_json, to_plain, type_name
+from .plain_data import NotPlainError, dump_json, hashable, read_json, to_plain
 from .suggest import did_you_mean, shown
 from .tasks import TASK_TYPES
 
@@ -172,7 +173,7 @@ class AdapterConfig(BaseModel):
         return data
 
     def beside_tensors(self, *, inference_mode: bool | None = None) -> dict[str, Any]:
-        """Return what an adapter's file holds: `to_dict`, unless the tensors have a form that another config describes.
+        """Return what an adapter's file holds: `to_dict`, unless another config describes the form of its tensors.
 
         `translate` turns it back.
         """
@@ -345,43 +346,11 @@ def _validate(self: AdapterConfig, data: Mapping[str, Any], *, where: str | None
     try:
         self.__pydantic_validator__.validate_json(json.dumps(plain, allow_nan=False), strict=True, self_instance=self)
     except ValidationError as error:
-        lines += _readable(cls, error, unusable)
+        lines += readable(cls, error, unusable)
     if lines:
         origin = f"{where}: " if where else ""
         count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise ConfigError(f"{origin}{count} in {cls.__name__}:\n" + "\n".join(f"  {line}" for line in lines))
-
-
-def _readable(cls: type[AdapterConfig], error: ValidationError, skip: Set[str]) -> Iterable[str]:
-    """One line for each field with a problem: where, what, and what was given."""
-    by_field: dict[str, tuple[list[str], Any]] = {}
-    for item in error.errors(include_url=False):
-        loc = item["loc"]
-        field = str(loc[0]) if loc else "the config as a whole"
-        if field in skip:
-            continue
-        if item["type"] == "extra_forbidden":
-            message = f"{cls.__name__} has no such field.{did_you_mean(field, cls.model_fields)}"
-        elif item["type"] == "missing":
-            message = "this field is required"
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            message = message[:1].lower() + message[1:]
-        # A union reports each of its members; their names in `loc` say nothing to a reader, positions do.
-        inner = "".join(f"[{part!r}]" for part in loc[1:] if isinstance(part, int) or _is_key(item, part))
-        messages, _ = by_field.setdefault(field, ([], item.get("input")))
-        text = f"at {inner}: {message}" if inner else message
-        if text not in messages:
-            messages.append(text)
-    for field, (messages, given) in by_field.items():
-        line = f"{field}: {', or '.join(messages)}"
-        plain = field in cls.model_fields and not messages[0].startswith("this field is required")
-        yield line + (f" (got {shown(given)}, a {type_name(given)})" if plain else "")
-
-
-def _is_key(item: Any, part: str | int) -> bool:
-    """Whether a string in an error's location is a key of the data, not the name of a union's member."""
-    return isinstance(part, str) and item["type"] in ("extra_forbidden", "missing")
 
 
 def _config_class(peft_type: object, source: str) -> type[AdapterConfig]:

@@ -13,7 +13,7 @@ from . import checkpoint, status
 from .adapter_file import TensorsFile
 from .config import AdapterConfig
 from .errors import CheckpointError, PeftError
-from .layout import collect
+from .layout import collect, layout
 from .lifecycle import require_unmerged
 from .loading import check_base
 from .matching import LoadReport, match
@@ -69,7 +69,9 @@ def set_peft_model_state_dict(
     """
     state = _adapted(model)._peft
     require_unmerged(state, "set_peft_model_state_dict")
-    expected = collect(state.record(adapter_name))
+    record = state.record(adapter_name)
+    slots = layout(record)
+    expected = {key: slot.tensor for key, slot in slots.items()}
     given = TensorsFile({}, peft_model_state_dict, "the state dict")
     base = walk(model).parameters(every_name=True)
     keys, report = match(given, expected, strict=strict, base_names=base.keys())
@@ -77,7 +79,8 @@ def set_peft_model_state_dict(
     values = given.load(list(keys.values()), torch.device("cpu"))
     with torch.no_grad():
         for key, theirs in keys.items():
-            expected[key].copy_(values[theirs])
+            for tensor, value in slots[key].parts(record, values[theirs]):
+                tensor.copy_(value)
     return report
 
 

@@ -6,6 +6,7 @@ Key of a tensor: `base_model.model.` + path of the module in the user's model + 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,14 @@ class Slot:
     index: int | None
     name: str
     tensor: Tensor
+
+    def parts(self, record: AdapterRecord, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The adapter's own tensors that keep a value of this slot, each with its part of it."""
+        if self.index is None:
+            yield self.tensor, value
+            return
+        for owner, name, part in record.adapters[self.index].parts(self.name, value):
+            yield getattr(owner, name), part
 
 
 def layout(record: AdapterRecord) -> dict[str, Slot]:

@@ -171,12 +171,15 @@ def _unsaved(module: nn.Module) -> list[Tensor]:
 
 def _refill(model: nn.Module, record: AdapterRecord, file: AdapterFile) -> None:
     """New values into the tensors that are there, by pointer: all of them or none."""
-    tensors = layout.collect(record)
-    values = file.load(list(file.shapes), next((t.device for t in tensors.values()), _device(model)))
+    slots = layout.layout(record)
+    values = file.load(list(file.shapes), next((slot.tensor.device for slot in slots.values()), _device(model)))
     with Undo() as undo, torch.no_grad():
-        for key, tensor in tensors.items():
-            undo.add(lambda tensor=tensor, old=tensor.data: setattr(tensor, "data", old))  # type: ignore[misc]
-            tensor.data = values[key].to(device=tensor.device, dtype=tensor.dtype)
+        for key, slot in slots.items():
+            for tensor, value in slot.parts(record, values[key]):
+                undo.add(lambda tensor=tensor, old=tensor.data: setattr(tensor, "data", old))  # type: ignore[misc]
+                # A part of another tensor would keep the whole of it alive.
+                value = value.clone() if value.numel() < values[key].numel() else value
+                tensor.data = value.to(device=tensor.device, dtype=tensor.dtype)
 
 
 def _same_function(first: AdapterConfig, second: AdapterConfig) -> bool:

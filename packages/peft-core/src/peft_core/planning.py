@@ -117,7 +117,7 @@ def draft(
         try:
             adapter = build(record, layer, model, found, initialise=tensors is None)
             if start is not None and found:
-                put(found, adapter.slots(), layer.path)
+                put(found, adapter.slots(), layer.path, adapter.parts)
             record.adapters.append(adapter)
             built.append(layer)
         except PeftError as error:
@@ -200,8 +200,16 @@ def build(
         )
     adapter.__dict__["shared"] = record.shared  # by reference: a registered child would be saved once per site
     if initialise:
-        with torch.no_grad():
-            adapter.reset_parameters()
+        try:
+            with torch.no_grad():
+                adapter.reset_parameters()
+        except Exception as error:
+            if not isinstance(error, PeftError):
+                where = layer.path or "the model itself"
+                error.add_note(
+                    f"Raised in {type(adapter).__name__}.reset_parameters at {where}, of the {record.method.label}."
+                )
+            raise
     return adapter
 
 

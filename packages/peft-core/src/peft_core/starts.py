@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,8 +49,16 @@ def key_of_layer(layer: BaseLayer) -> str:
     return f"{layer.path}:{layer.request.part}" if layer.request.part else layer.path
 
 
-def put(values: Mapping[str, Tensor], slots: Mapping[str, tuple[nn.Module, str]], where: str) -> None:
-    """Write values over what some slots hold. Raises `TargetError` for unknown slots and other shapes."""
+Parts = Callable[[str, Tensor], Iterable[tuple[nn.Module, str, Tensor]]]
+
+
+def put(
+    values: Mapping[str, Tensor], slots: Mapping[str, tuple[nn.Module, str]], where: str, parts: Parts | None = None
+) -> None:
+    """Write values over what some slots hold. Raises `TargetError` for unknown slots and other shapes.
+
+    `parts` is `Adapter.parts`; without it each slot is one tensor.
+    """
     for slot, value in values.items():
         if slot not in slots:
             raise TargetError(f"{where}: the start has a tensor {slot!r}, and the adapter has {sorted(slots)}")
@@ -62,7 +70,8 @@ def put(values: Mapping[str, Tensor], slots: Mapping[str, tuple[nn.Module, str]]
             )
         if not tensor.is_meta:
             with torch.no_grad():
-                tensor.copy_(value)
+                for inner, name, part in parts(slot, value) if parts else ((owner, attribute, value),):
+                    getattr(inner, name).copy_(part)
 
 
 def slots_of(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
