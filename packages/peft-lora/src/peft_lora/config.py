@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from peft_core.config import TargetedConfig
 from peft_core.errors import ConfigError
+from peft_core.suggest import shown
+
+from .start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 
 NITER = re.compile(r"pissa_niter_[1-9][0-9]{0,3}", re.ASCII)
 STARTS = (
@@ -24,9 +28,19 @@ STARTS = (
     "mica",
     "lora_ga",
 )
-AVAILABLE = ("gaussian", "orthogonal")
-# These moved the base's weights when training began: such a file alone does not say what it computes.
-MOVED_THE_BASE = ("olora", "pissa", "corda", "loftq", "lora_ga")
+FROM_DATA = ("eva", "corda", "lora_ga")
+# What these start as is no part of the adapter's delta: HF PEFT takes it out of the base's weights, and here it stays
+# with the adapter and is subtracted.
+ANCHORED = ("olora", "pissa", "corda", "lora_ga")
+# The config of a start, and the start that has it.
+START_OF = {"eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga", "loftq_config": "loftq"}
+# Ours, in files: the fields that describe an adapter whose tensors are written in another form.
+STARTED_FROM = "started_from"
+
+
+def is_anchored(init: bool | str) -> bool:
+    """Whether adapters with this start keep the factors they started from, and subtract them."""
+    return isinstance(init, str) and (init in ANCHORED or NITER.fullmatch(init) is not None)
 
 
 class LoraConfig(TargetedConfig):
@@ -44,8 +58,10 @@ class LoraConfig(TargetedConfig):
             The base keeps its biases; the adapter has its own.
         use_rslora: s = lora_alpha / √r.
         init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1 / r, B zero),
-            "orthogonal" (A and B random with B A = 0; linear layers and attention, even ranks only), or False
-            (both random: the adapter then changes the model from the start).
+            "orthogonal" (A and B random with B A = 0; linear layers and attention, even ranks only), False
+            (both random: the adapter then changes the model from the start), one of those taken from the base's weights
+            ("pissa", "pissa_niter_4", "olora", "mica"), or one of those from data ("eva", "corda", "lora_ga").
+        eva_config, corda_config, lora_ga_config, loftq_config: settings of those starts, as objects or mappings.
         rank_pattern: exceptions from `r`, {key: rank}. A key is the path of a layer or of a single parameter, the end
             of one at a dot, or a regular expression for it.
         alpha_pattern: exceptions from `lora_alpha`, likewise.
@@ -69,16 +85,9 @@ class LoraConfig(TargetedConfig):
         "rwkv7": ("receptance", "key", "value", "output", "up", "down"),
     }
     allow_no_targets: ClassVar[bool] = True
-    # Options that this package does not have, at the values that switch them off; settings of starts, which
-    # have done their work when the file is written.
-    inert_keys: ClassVar[Mapping[str, object]] = {
-        "megatron_core": "megatron.core",
-        "qalora_group_size": 16,
-        "loftq_config": ...,
-        "eva_config": ...,
-        "corda_config": ...,
-        "lora_ga_config": ...,
-    }
+    # Options that this package does not have, at the values that switch them off.
+    inert_keys: ClassVar[Mapping[str, object]] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
+    written_if_set: ClassVar[Set[str]] = frozenset(START_OF)
 
     r: int = 8
     lora_alpha: int | float = 8
@@ -90,6 +99,10 @@ class LoraConfig(TargetedConfig):
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, int | float] = Field(default_factory=dict)
     trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
+    loftq_config: LoftQConfig | None = None
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     use_dora: bool = False
     lora_bias: bool = False
     target_parameters: tuple[str, ...] | None = None
@@ -97,47 +110,56 @@ class LoraConfig(TargetedConfig):
 
     def __init__(self, **data: Any) -> None:
         super().__init__(**_without_default_targets(data))
-        start = self.init_lora_weights
-        if isinstance(start, str) and start not in AVAILABLE:
-            raise ConfigError(
-                f"init_lora_weights={start!r} is not yet available in this version of peft-lora; "
-                f"use True, False, {' or '.join(map(repr, AVAILABLE))}"
-            )
+        for name, start in START_OF.items():
+            if getattr(self, name) is not None and self.init_lora_weights != start:
+                raise ConfigError(
+                    f"{name} is for init_lora_weights={start!r}, and that is {self.init_lora_weights!r}; leave one "
+                    "of the two out"
+                )
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
-    def resolve(self, **updates: Any) -> LoraConfig:
-        """As the base class; a start that a file was written with stays as it is."""
-        if updates.keys() <= type(self).model_fields.keys() and "init_lora_weights" not in updates:
-            values = {name: getattr(self, name) for name in type(self).model_fields}
-            return type(self).from_dict({**values, **updates})
-        return super().resolve(**updates)
+    # ---- files
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, source: str = "the data") -> LoraConfig:
-        """As the base class.
+    def beside_tensors(self, *, inference_mode: bool | None = None) -> dict[str, Any]:
+        """What an adapter's file holds. Where A0 and B0 are in its tensors, plain LoRA of twice the rank.
 
-        Raises `ConfigError` too for starts that moved the base's weights: the tensors then are no adapter of
-        the base as it was published.
+        Any reader of LoRA's files then computes the same; what the adapter is, is kept under a key of ours.
         """
-        self = super().from_dict(data, source=source)
-        start = self.init_lora_weights
-        if isinstance(start, str) and (start in MOVED_THE_BASE or NITER.fullmatch(start)):
-            raise ConfigError(
-                f"{source}: init_lora_weights={start!r} changed the base's weights when the training began, and the "
-                "adapter's tensors count from there. Convert it to plain LoRA where it was trained: HF PEFT's "
-                "save_pretrained(..., path_initial_model_for_weight_conversion=...) writes one that loads anywhere."
-            )
-        return self
+        if not is_anchored(self.init_lora_weights):
+            return super().beside_tensors(inference_mode=inference_mode)
+        written = self.to_dict(inference_mode=inference_mode)
+        names = [*_DOUBLED, "init_lora_weights", *(name for name in START_OF if name in written)]
+        own = {name: written.pop(name) for name in names}
+        return {**written, **_doubled(self), "init_lora_weights": True, STARTED_FROM: own}
 
     @classmethod
     def translate(cls, data: dict[str, Any]) -> dict[str, Any]:
+        if own := data.pop(STARTED_FROM, None):
+            if (
+                not isinstance(own, dict)
+                or not {*_DOUBLED, "init_lora_weights"} <= own.keys() <= cls.model_fields.keys()
+            ):
+                raise ConfigError(
+                    f"{STARTED_FROM}: it holds the fields that an adapter was made with, not {shown(own)}"
+                )
+            restored = {**data, **own}
+            config = cls.from_dict({name: restored[name] for name in ("use_rslora", *own) if name in restored})
+            found = {name: data.get(name) for name in _DOUBLED}
+            if not is_anchored(config.init_lora_weights) or found != _doubled(config):
+                raise ConfigError(
+                    f"{STARTED_FROM}: it describes {_doubled(config)}, and the file says {found}. One of the two was "
+                    f"edited; remove {STARTED_FROM} to go on from the file as plain LoRA of that rank"
+                )
+            data = restored
         return _without_default_targets(data)
 
     @classmethod
     def _switched_off(cls, data: dict[str, Any]) -> dict[str, Any]:
-        optional = ("trainable_token_indices", "target_parameters", "rank_pattern", "alpha_pattern")
-        return super()._switched_off({k: v for k, v in data.items() if not (k in optional and not v)})
+        optional = ("trainable_token_indices", "target_parameters", "rank_pattern", "alpha_pattern", *START_OF)
+        # Settings of a start that was not used have done nothing.
+        idle = [name for name, start in START_OF.items() if data.get("init_lora_weights") != start]
+        return super()._switched_off({k: v for k, v in data.items() if not (k in idle or (k in optional and not v))})
 
     # ---- values
 
@@ -223,6 +245,8 @@ class LoraConfig(TargetedConfig):
             raise ValueError("lora_bias and use_dora exclude each other")
         if self.lora_bias and isinstance(self.init_lora_weights, str):
             raise ValueError("lora_bias goes with init_lora_weights=True or False only")
+        if self.use_dora and self.init_lora_weights == "mica":
+            raise ValueError("init_lora_weights='mica' and use_dora exclude each other: no reader has the two together")
         if self.target_parameters:
             for name in ("lora_dropout", "use_dora", "lora_bias"):
                 if getattr(self, name):
@@ -231,6 +255,20 @@ class LoraConfig(TargetedConfig):
                         "those layers an adapter of their own"
                     )
         return self
+
+
+_DOUBLED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+
+
+def _doubled(config: LoraConfig) -> dict[str, Any]:
+    """Ranks twice as large, and alphas that leave every layer's s what it is."""
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return {
+        "r": 2 * config.r,
+        "lora_alpha": config.lora_alpha * factor,
+        "rank_pattern": {key: 2 * rank for key, rank in config.rank_pattern.items()},
+        "alpha_pattern": {key: alpha * factor for key, alpha in config.alpha_pattern.items()},
+    }
 
 
 def _without_default_targets(data: Mapping[str, Any]) -> dict[str, Any]:

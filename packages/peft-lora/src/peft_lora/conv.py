@@ -11,41 +11,38 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peft_core.adapter import DeltaAdapter, as_compute, dropout
+from peft_core.adapter import as_compute, dropout
 from peft_core.errors import MergeError
 from peft_core.layers import ConvLayer, Params
 
 from .linear import add_bias
-from .settings import Settings, start
+from .lowrank import LowRank
+from .settings import Settings
 
 
-class LoraConv(DeltaAdapter):
+class LoraConv(LowRank):
     """A (r, in, *kernel), B (out, r / groups, 1, ...), and perhaps c (out,)."""
 
     layer: ConvLayer
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
 
     def __init__(self, layer: ConvLayer, settings: Settings) -> None:
-        super().__init__(layer)
         if settings.r % layer.groups:
             raise layer.refuse(f"its {layer.groups} groups do not divide the rank {settings.r}; choose another rank")
-        self.settings = settings
-        self.starts_as_base = settings.init is not False
-        self.scaling = settings.scaling
-        ones = (1,) * len(layer.kernel_size)
-        self.lora_A = layer.parameter(settings.r, layer.in_features, *layer.kernel_size)
-        self.lora_B = layer.parameter(layer.out_features, settings.r // layer.groups, *ones)
+        a = (settings.r, layer.in_features, *layer.kernel_size)
+        b = (layer.out_features, settings.r // layer.groups, *(1,) * len(layer.kernel_size))
+        super().__init__(layer, settings, a, b)
         self.lora_bias: nn.Parameter | None = layer.parameter(layer.out_features) if settings.bias else None
         self.dropout = dropout(settings.dropout)
-
-    def reset_parameters(self) -> None:
-        start(self.lora_A, self.lora_B, self.lora_bias, self.settings.init, self.settings.r)
 
     def accumulate(self, out: Tensor, x: Tensor) -> Tensor:
         return self.add(out, x if self.dropout is None else self.dropout(x))
 
     def delta(self, x: Tensor) -> Tensor:
-        hidden = self.layer.convolve(x, as_compute(self.lora_A, x), groups=1)
-        b = as_compute(self.lora_B, hidden) * self.scaling
+        a, b = self.factors()
+        hidden = self.layer.convolve(x, as_compute(a, x), groups=1)
+        b = as_compute(b, hidden) * self.scaling
         c = None if self.lora_bias is None else as_compute(self.lora_bias, hidden) * self.scaling
         return _pointwise(b)(hidden, b, c, groups=self.layer.groups)
 
@@ -59,7 +56,8 @@ class LoraConv(DeltaAdapter):
                 f"{self.layer.path}: its convolution has {self.layer.groups} groups, and the adapter reads all input "
                 "channels, so their sum is not a kernel of this layer; keep the adapter attached"
             )
-        return torch.einsum("or,r...->o...", self.lora_B.flatten(1), self.lora_A) * self.scaling
+        a, b = self.factors()
+        return torch.einsum("or,r...->o...", b.flatten(1), a) * self.scaling
 
     def merge(self, params: Params) -> Params:
         return add_bias(super().merge(params), self.lora_bias, self.scaling, self.layer)

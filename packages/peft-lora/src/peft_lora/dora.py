@@ -17,6 +17,7 @@ Stacked with other adapters it adds its change of the layer's own weight, g ∘ 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -49,7 +50,7 @@ class Dora(Adapter):
             self.channels = (layer.out_features, *(1,) * len(layer.kernel_size))
             shape: tuple[int, ...] = (1, *self.channels)
         else:
-            self.channels = (_b(lora).shape[0],)
+            self.channels = (lora.b.shape[0],)
             shape = self.channels
         self.lora_magnitude_vector = layer.parameter(*shape)
         self._norms = _Norms()
@@ -62,7 +63,17 @@ class Dora(Adapter):
         self.lora_magnitude_vector.copy_(self.norm(weight).view_as(self.lora_magnitude_vector))
 
     def slots(self) -> dict[str, tuple[nn.Module, str]]:
-        return {slot.removeprefix("lora."): where for slot, where in super().slots().items()}
+        return {"lora_magnitude_vector": (self, "lora_magnitude_vector"), **self.lora.slots()}
+
+    def parts(self, slot: str, value: Tensor) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        if slot == "lora_magnitude_vector":
+            yield self, slot, value
+        else:
+            yield from self.lora.parts(slot, value)
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_state(tensors)
+        self.lora.settle()
 
     def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
         x: Tensor = args[0]
@@ -98,7 +109,7 @@ class Dora(Adapter):
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if squares is None:
                 squares = self.squares(weight)
-            a, b = _a(self.lora).flatten(1), _b(self.lora).flatten(1)
+            a, b = (factor.flatten(1) for factor in self.lora.factors())
             rows = self._by_row(weight).flatten(1)
             cross = torch.mm(rows, as_compute(a, rows).t()).to(squares.dtype)
             a, b, s = a.to(squares.dtype), b.to(squares.dtype), self.lora.scaling
@@ -126,14 +137,6 @@ class Dora(Adapter):
 
     def _by_row(self, weight: Tensor) -> Tensor:
         return weight.t() if isinstance(self.lora, LoraEmbedding) else weight
-
-
-def _a(lora: Lora) -> Tensor:
-    return lora.lora_embedding_A if isinstance(lora, LoraEmbedding) else lora.lora_A
-
-
-def _b(lora: Lora) -> Tensor:
-    return lora.lora_embedding_B if isinstance(lora, LoraEmbedding) else lora.lora_B
 
 
 class _Norms:

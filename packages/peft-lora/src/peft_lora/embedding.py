@@ -15,31 +15,34 @@ from peft_core.adapter import Adapter, DeltaAdapter, as_compute
 from peft_core.errors import CheckpointMismatchError
 from peft_core.layers import BaseLayer, EmbeddingLayer, LinearLayer
 
+from .lowrank import LowRank
 from .settings import Settings
 
 
-class LoraEmbedding(DeltaAdapter):
+class LoraEmbedding(LowRank):
     """A (r, vocabulary), B (d, r). There is no dropout: nothing is multiplied with A."""
 
+    names = ("lora_embedding_A", "lora_embedding_B")
+
     layer: EmbeddingLayer
+    lora_embedding_A: nn.Parameter
+    lora_embedding_B: nn.Parameter
 
     def __init__(self, layer: EmbeddingLayer, settings: Settings) -> None:
-        super().__init__(layer)
         if layer.module.max_norm is not None:
             raise layer.refuse("it renormalises its rows when they are read (max_norm), which leaves no merged form")
-        self.settings = settings
-        self.starts_as_base = settings.init is not False
-        self.scaling = settings.scaling
-        self.lora_embedding_A = layer.parameter(settings.r, layer.num_embeddings)
-        self.lora_embedding_B = layer.parameter(layer.embedding_dim, settings.r)
+        super().__init__(layer, settings, (settings.r, layer.num_embeddings), (layer.embedding_dim, settings.r))
         self.dropout = None
 
     def reset_parameters(self) -> None:
+        if self.settings.init not in (True, False, "gaussian"):
+            super().reset_parameters()
+            return
         if self.settings.init is False:
-            nn.init.normal_(self.lora_embedding_A)
+            nn.init.normal_(self.a)
         else:
-            nn.init.zeros_(self.lora_embedding_A)
-        nn.init.normal_(self.lora_embedding_B)
+            nn.init.zeros_(self.a)
+        nn.init.normal_(self.b)
 
     def accumulate(self, out: Tensor, x: Tensor) -> Tensor:
         return self.add(out, x)
@@ -49,8 +52,9 @@ class LoraEmbedding(DeltaAdapter):
 
     def delta_at(self, layer: EmbeddingLayer, x: Tensor) -> Tensor:
         """The delta of `layer`, this adapter's own or one that shares its table."""
-        rows = layer.lookup(x, self.lora_embedding_A.t())
-        delta = rows @ (as_compute(self.lora_embedding_B, rows).t() * self.scaling)
+        a, b = self.factors()
+        rows = layer.lookup(x, a.t())
+        delta = rows @ (as_compute(b, rows).t() * self.scaling)
         return delta if layer.scale is None else delta * layer.scale
 
     def add(self, out: Tensor, x: Tensor) -> Tensor:
@@ -58,7 +62,8 @@ class LoraEmbedding(DeltaAdapter):
         return out + as_compute(self.delta(x), out)
 
     def weight_delta(self) -> Tensor:
-        return (self.lora_embedding_A.t() @ self.lora_embedding_B.t()) * self.scaling
+        a, b = self.factors()
+        return (a.t() @ b.t()) * self.scaling
 
 
 class _Tied(DeltaAdapter):
@@ -98,11 +103,11 @@ class TiedLinear(_Tied):
 
     @property
     def lora_A(self) -> Tensor:
-        return self.source.lora_embedding_B.t()
+        return self.source.b.t()
 
     @property
     def lora_B(self) -> Tensor:
-        return self.source.lora_embedding_A.t()
+        return self.source.a.t()
 
     def slots(self) -> dict[str, tuple[nn.Module, str]]:
         return {"lora_A": (self, "lora_A"), "lora_B": (self, "lora_B")}
@@ -125,11 +130,11 @@ class TiedEmbedding(_Tied):
 
     @property
     def lora_embedding_A(self) -> Tensor:
-        return self.source.lora_embedding_A
+        return self.source.a
 
     @property
     def lora_embedding_B(self) -> Tensor:
-        return self.source.lora_embedding_B
+        return self.source.b
 
     def slots(self) -> dict[str, tuple[nn.Module, str]]:
         return {name: (self, name) for name in ("lora_embedding_A", "lora_embedding_B")}

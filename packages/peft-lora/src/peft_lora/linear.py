@@ -8,50 +8,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peft_core.adapter import DeltaAdapter, as_compute, dropout
+from peft_core.adapter import as_compute, dropout
 from peft_core.errors import MergeError
 from peft_core.layers import BaseLayer, Params
 
-from .settings import Settings, start
+from .lowrank import LowRank
+from .settings import Settings
 
 
-class LoraLinear(DeltaAdapter):
+class LoraLinear(LowRank):
     """A (r, in), B (out, r), and perhaps c (out,), on a layer of kind "linear"."""
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
     def __init__(self, layer: BaseLayer, settings: Settings) -> None:
-        super().__init__(layer)
         in_features, out_features = _sizes(layer)
-        self.settings = settings
-        self.starts_as_base = settings.init is not False
-        self.scaling = settings.scaling
-        self.lora_A = layer.parameter(settings.r, in_features)
-        self.lora_B = layer.parameter(out_features, settings.r)
+        super().__init__(layer, settings, (settings.r, in_features), (out_features, settings.r))
+        self.out_features = out_features
         self.lora_bias: nn.Parameter | None = layer.parameter(out_features) if settings.bias else None
         self.dropout = dropout(settings.dropout)
-
-    def reset_parameters(self) -> None:
-        start(self.lora_A, self.lora_B, self.lora_bias, self.settings.init, self.settings.r)
 
     def accumulate(self, out: Tensor, x: Tensor) -> Tensor:
         return self.add(out, x if self.dropout is None else self.dropout(x))
 
     def delta(self, x: Tensor) -> Tensor:
-        return self.accumulate(x.new_zeros((*x.shape[:-1], self.lora_B.shape[0])), x)
+        return self.accumulate(x.new_zeros((*x.shape[:-1], self.out_features)), x)
 
     def add(self, out: Tensor, x: Tensor) -> Tensor:
         """`out` plus the adapter's part for an input that is dropped out already, or not at all."""
         if x.dim() != 2:
             rows = self.add(out.reshape(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]))
             return rows.view(out.shape)
-        hidden = torch.mm(x, as_compute(self.lora_A, x).t())
+        a, b = self.factors()
+        hidden = torch.mm(x, as_compute(a, x).t())
         # `hidden` differs from `out` in dtype only where the base computes in another dtype than its input's.
-        out = torch.addmm(out, as_compute(hidden, out), as_compute(self.lora_B, out).t(), alpha=self.scaling)
+        out = torch.addmm(out, as_compute(hidden, out), as_compute(b, out).t(), alpha=self.scaling)
         if self.lora_bias is not None:
             out = torch.add(out, as_compute(self.lora_bias, out), alpha=self.scaling)
         return out
 
     def weight_delta(self) -> Tensor:
-        return (self.lora_B @ self.lora_A) * self.scaling
+        a, b = self.factors()
+        return (b @ a) * self.scaling
 
     def merge(self, params: Params) -> Params:
         return add_bias(super().merge(params), self.lora_bias, self.scaling, self.layer)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from peft_core.adapter import Adapter
+from peft_core.calibration import Batches
 from peft_core.errors import ConfigError, TargetError
 from peft_core.hookspecs import hookimpl
 from peft_core.layers import (
@@ -19,16 +20,19 @@ from peft_core.layers import (
     SiteRequest,
     is_conv1d,
 )
+from peft_core.records import AdapterState
 from peft_core.tree import walk
 
+from . import starts
 from .attention import LoraAttention
 from .biases import own_bias
 from .combining.combination import peft_combine
-from .config import AVAILABLE, LoraConfig
+from .config import FROM_DATA, LoraConfig, is_anchored
 from .conv import LoraConv
 from .dora import Dora
 from .embedding import LoraEmbedding, TiedEmbedding, TiedLinear
 from .linear import LoraLinear
+from .lowrank import LowRank
 from .parameters import LoraParameter
 from .selection import BIAS, FORM, PARAMETER, ROWS, TIED_ROWS, extra_sites
 from .settings import Patterns, Settings, check_file
@@ -76,6 +80,17 @@ def peft_sites(config: LoraConfig, model: nn.Module, matched: Sequence[str]) -> 
 
 
 @hookimpl
+def peft_calibrate(config: LoraConfig, layers: Sequence[BaseLayer], batches: Batches) -> AdapterState | None:
+    """Where the config asks for a start from data, that start."""
+    if config.init_lora_weights not in FROM_DATA:
+        raise ConfigError(
+            f"calibration batches were given, but init_lora_weights={config.init_lora_weights!r} does not start from "
+            f"data; leave them out, or choose one of {', '.join(FROM_DATA)}"
+        )
+    return starts.from_data(config, [layer for layer in layers if FORM not in layer.request.meta], batches)
+
+
+@hookimpl
 def peft_prepare(config: LoraConfig, layers: Sequence[BaseLayer], shared: nn.Module, trusted: bool) -> None:
     prepared = Prepared(Patterns(config, trusted))
     shared.__dict__["prepared"] = prepared
@@ -96,6 +111,11 @@ def peft_prepare(config: LoraConfig, layers: Sequence[BaseLayer], shared: nn.Mod
                 prepared.tied[layer.path] = owners[id(layer.module._parameters["weight"])]
         if prepared.tied and config.use_dora:
             raise TargetError("ensure_weight_tying: two tied layers cannot have norms in common; leave out use_dora")
+        if prepared.tied and is_anchored(config.init_lora_weights):
+            raise TargetError(
+                f"ensure_weight_tying: init_lora_weights={config.init_lora_weights!r} is not there for tied layers; "
+                "use True, or adapt one of them only"
+            )
 
 
 @hookimpl
@@ -116,17 +136,33 @@ def peft_build(
         tied = TiedLinear if isinstance(layer, LinearLayer) else TiedEmbedding
         return tied(layer, prepared.adapters, prepared.tied[layer.path])
     settings = prepared.patterns.settings(_pattern_path(layer))
-    _check_start(layer, settings, loading=tensors is not None)
+    name = "lora_embedding_A" if layer.kind == "embedding" else "lora_A"
+    from_data = tensors is not None and name in tensors and config.init_lora_weights in FROM_DATA
+    if tensors is None or from_data or settings.anchored:
+        starts.check(layer, settings, parameter=form == PARAMETER, given=tensors is not None)
     if form == PARAMETER:
         stored = layer.module.get_parameter(layer.request.names[0])
         check_file(layer, tensors, "lora_A.weight", settings.r * (stored.shape[0] if stored.dim() == 3 else 1))
         return LoraParameter(layer, settings)
-    embedding = layer.kind == "embedding"
-    check_file(layer, tensors, "lora_embedding_A" if embedding else "lora_A.weight", settings.r)
+    key = name if layer.kind == "embedding" else f"{name}.weight"
+    unanchored = False
+    if settings.init == "loftq" and tensors is not None:
+        starts.check_file(config, layer)
+    if settings.anchored and tensors is not None and not from_data:
+        unanchored = key in tensors and tensors[key].dim() > 0 and tensors[key].shape[0] == settings.r
+        if unanchored:
+            starts.check_file(config, layer)
+        else:
+            check_file(layer, tensors, key, 2 * settings.r)
+    else:
+        check_file(layer, tensors, key, settings.r)
     adapter = _build(config, layer, settings, loading=tensors is not None)
+    low_rank = adapter.lora if isinstance(adapter, Dora) else adapter
+    if isinstance(low_rank, LowRank):
+        low_rank.unanchored = unanchored
     if settings.init == "mica":
         _freeze_b(adapter)
-    if embedding:
+    if layer.kind == "embedding":
         prepared.adapters[layer.path] = adapter
     return adapter
 
@@ -167,19 +203,6 @@ def _build(config: LoraConfig, layer: BaseLayer, settings: Settings, loading: bo
             "other modules in target_parameters"
         )
     return Dora(layer, lora) if config.use_dora else lora
-
-
-def _check_start(layer: BaseLayer, settings: Settings, loading: bool) -> None:
-    init = settings.init
-    if loading or isinstance(init, bool):
-        return
-    if init not in AVAILABLE:
-        raise ConfigError(f"{layer.path}: init_lora_weights={init!r} is not yet available in this version of peft-lora")
-    if init == "orthogonal":
-        if layer.kind not in ("linear", "attention"):
-            raise layer.refuse("init_lora_weights='orthogonal' is for linear layers")
-        if settings.r % 2:
-            raise layer.refuse(f"init_lora_weights='orthogonal' needs an even rank, not {settings.r}")
 
 
 def _freeze_b(adapter: Adapter) -> None:

@@ -13,7 +13,7 @@ from peft_core.errors import CheckpointMismatchError
 from peft_core.layers import BaseLayer
 from peft_core.patterns import PatternMap
 
-from .config import LoraConfig
+from .config import LoraConfig, is_anchored
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Settings:
     dropout: float = 0.0
     bias: bool = False
     init: bool | str = True
+
+    @property
+    def anchored(self) -> bool:
+        """Whether A and B start as something that must not count, so that it is kept and subtracted."""
+        return is_anchored(self.init)
 
 
 class Patterns:

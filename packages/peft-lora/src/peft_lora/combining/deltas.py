@@ -11,8 +11,7 @@ from torch import Tensor
 from peft_core import Adapter, CombineError, MergeError
 from peft_lora.attention import LoraAttention
 from peft_lora.conv import LoraConv
-from peft_lora.embedding import LoraEmbedding
-from peft_lora.linear import LoraLinear
+from peft_lora.lowrank import LowRank
 
 from .low_rank import Product
 
@@ -68,13 +67,9 @@ def changes(adapter: Adapter) -> Mapping[str, Tensor]:
 
 def products(adapter: Adapter) -> dict[str, Product] | None:
     """The deltas of a LoRA by weight, as the products they are; None for adapters of another kind."""
-    if type(adapter) is LoraEmbedding:
-        a, b = adapter.lora_embedding_A, adapter.lora_embedding_B
-        return {"weight": Product(_wide(b) * adapter.scaling, _wide(a))}
-    if type(adapter) is LoraConv and adapter.layer.groups == 1:
-        return {"weight": Product(_wide(adapter.lora_B.flatten(1)) * adapter.scaling, _wide(adapter.lora_A.flatten(1)))}
-    if type(adapter) is LoraLinear:
-        return {"weight": Product(_wide(adapter.lora_B) * adapter.scaling, _wide(adapter.lora_A))}
+    if isinstance(adapter, LowRank) and not (type(adapter) is LoraConv and adapter.layer.groups > 1):
+        a, b = adapter.factors()
+        return {"weight": Product(_wide(b.flatten(1)) * adapter.scaling, _wide(a.flatten(1)))}
     if type(adapter) is LoraAttention:
         return {weight: Product(_wide(b) * adapter.scaling, _wide(a)) for weight, _, a, b, _ in adapter._projections()}
     return None
