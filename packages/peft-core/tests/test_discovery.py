@@ -604,7 +604,8 @@ def test_installed_extensions_load_on_first_use_and_a_broken_one_is_named(
                 answer = call_extensions("peft_checkpoint", path=pathlib.Path("x"), model=None)[0]["found"]
             except peft_core.MethodError as error:
                 answer = f"{type(error).__name__}: {error}"
-            steps += [answer, loaded(), extensions.names()]
+            # The packages of this workspace may have extensions too.
+            steps += [answer, loaded(), [name for name in extensions.names() if name.startswith("acme")]]
         print(json.dumps(steps))
     """
     names = ["acme_store of acme-store 1.0"]
