@@ -6,11 +6,14 @@ of docs/index.md leaves it; `console` blocks run their `python -m peft_core` lin
 
 from __future__ import annotations
 
+import builtins
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 from peft_core import methods
 from peft_core.__main__ import main
 from peft_core.extensions import extensions
+from peft_core.testing.command import check_contract
 
 ROOT = Path(__file__).resolve().parent.parent
 PREAMBLE = "docs/index.md"
@@ -89,6 +93,32 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
     if page == "README.md":
         assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in Path("adapter").iterdir()}
         assert type(document.namespace["merged"]) is type(document.namespace["base"]())
+
+
+# The others need arguments, places that the suite's models do not have, or other adapters.
+CONTRACTS = "activations additive banks calibration combination losses norms-and-biases rank-change rows sequential"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [*CONTRACTS.split(), "training", "weight-space"])
+def test_the_method_of_a_page_keeps_the_contract(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType(f"page_{page}")  # what can be found by its name can be pickled and compiled
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    page = f"docs/how-to/{page}.md"
+    before, document = set(methods._registered), blocks(page)
+    document.namespace = module.__dict__
+    begin(page, module.__dict__)
+    for example in document.examples():
+        example.evaluate()
+    module.__dict__["__builtins__"] = builtins
+    found = set(methods._registered) - before
+    assert found
+    for name in found:
+        sys.modules.pop("test_contract", None)
+        assert check_contract(name), capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", [page for page in RUN if page not in ("README.md", "docs/benchmarks.md")])
