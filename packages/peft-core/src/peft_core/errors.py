@@ -6,6 +6,12 @@ A message says what is wrong, where (file, key, layer, plugin), why, and what to
 from __future__ import annotations
 
 
+def add_note(error: BaseException, text: str) -> None:
+    """Note on an error of somebody else's where it came through (from Python 3.11 on)."""
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+
+
 class PeftError(Exception):
     """Base of every error raised by peft-core and by well-behaved plugins."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import MethodContractError
+from .errors import MethodContractError, add_note
 from .suggest import shown
 
 if TYPE_CHECKING:
@@ -35,14 +35,14 @@ def call(method: Method, hook_name: str, **kwargs: Any) -> Any:
     try:
         result = getattr(method.hook, hook_name)(**kwargs)
     except Exception as error:
-        _note(error, f"Raised in {hook_name}{_at(kwargs)}, called for the {method.label}.")
+        add_note(error, f"Raised in {hook_name}{_at(kwargs)}, called for the {method.label}.")
         raise
     wrapped_by = extensions.wrapping(hook_name)
     try:
         return check_result(hook_name, result, method.label, wrapped_by=wrapped_by)
     except MethodContractError as error:
         if at := _at(kwargs):
-            _note(error, f"It was asked{at}.")
+            add_note(error, f"It was asked{at}.")
         raise
 
 
@@ -59,7 +59,7 @@ def call_extensions(hook_name: str, **kwargs: Any) -> Any:
         result = getattr(extensions.hook, hook_name)(**kwargs)
     except Exception as error:
         asked = ", ".join(extensions.names())
-        _note(error, f"Raised in {hook_name}{_at(kwargs)}, asked of the extensions: {asked}.")
+        add_note(error, f"Raised in {hook_name}{_at(kwargs)}, asked of the extensions: {asked}.")
         raise
     try:
         return check_result(hook_name, result, "installed extensions")
@@ -75,11 +75,6 @@ def _at(kwargs: Mapping[str, Any]) -> str:
     layer = getattr(kwargs.get("adapter"), "layer", kwargs.get("layer"))
     path = kwargs.get("path") if layer is None else layer.path
     return f" at {str(path) or 'the model itself'}" if path is not None else ""
-
-
-def _note(error: Exception, text: str) -> None:
-    if hasattr(error, "add_note"):  # Python 3.11
-        error.add_note(text)
 
 
 def check_result(hook_name: str, result: Any, label: str, wrapped_by: str = "") -> Any:

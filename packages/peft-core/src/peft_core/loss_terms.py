@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .adapter import Adapter
+from .errors import add_note
 from .records import PeftState
 from .routing import Request
 
@@ -31,7 +32,7 @@ def _losses_of(adapter: Adapter, name: str) -> Mapping[str, Tensor]:
         return adapter.losses()
     except Exception as error:
         where = adapter.layer.path or "the model itself"
-        error.add_note(f"Raised in losses() of adapter {name!r} ({type(adapter).__name__}) at {where}.")
+        add_note(error, f"Raised in losses() of adapter {name!r} ({type(adapter).__name__}) at {where}.")
         raise
 
 

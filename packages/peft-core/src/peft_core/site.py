@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .calls import Call
-from .errors import PeftError, RequestError
+from .errors import PeftError, RequestError, add_note
 from .layers import BaseLayer, Params
 from .routing import Request, Routing
 
@@ -231,7 +231,7 @@ class Site(nn.Module):
         """Note the site and its adapters on an error that came through, once: at the innermost one."""
         chain = [f"{name!r} ({type(a).__name__})" for name in request.names() for a in self.chain((name,))]
         if chain and not isinstance(error, PeftError) and _WHERE not in "".join(getattr(error, "__notes__", ())):
-            error.add_note(f"{_WHERE} {self._layer.path or 'the model itself'}, which has {', '.join(chain)}.")
+            add_note(error, f"{_WHERE} {self._layer.path or 'the model itself'}, which has {', '.join(chain)}.")
 
     def _run_additive(self, chain: tuple[Adapter, ...], x: Tensor) -> Tensor:
         """Flat path: the base once, then every delta onto its output; a linear layer's deltas see flat rows."""
@@ -306,11 +306,11 @@ class Site(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """The method's own batched form, where all the rows' adapters are of one class that has one."""
+        """The method's own batched form, where all the rows' adapters have one, and the same."""
         adapters = [chain[0] for chain, _ in groups if chain]
-        kind = type(adapters[0])
-        if kind.forward_rows.__func__ is Adapter.forward_rows.__func__ or any(  # type: ignore[attr-defined]
-            len(chain) > 1 or (chain and type(chain[0]) is not kind) for chain, _ in groups
+        form = _batched_form(adapters[0])
+        if form is _batched_form(Adapter) or any(
+            len(chain) > 1 or (chain and _batched_form(chain[0]) is not form) for chain, _ in groups
         ):
             return NotImplemented
         index = torch.full((size,), -1, device=groups[0][1].device)
@@ -319,7 +319,7 @@ class Site(nn.Module):
             if chain:
                 index = index.index_fill(0, rows, number)
                 number += 1
-        return kind.forward_rows(adapters, index, Link(self, (), request), *args, **kwargs)
+        return adapters[0].forward_rows(adapters, index, Link(self, (), request), *args, **kwargs)
 
     # -- looking like the base layer -----------------------------------------------------------------------------
 
@@ -349,6 +349,10 @@ class Site(nn.Module):
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._chains)}"
+
+
+def _batched_form(adapter: Any) -> Any:
+    return adapter.forward_rows.__func__
 
 
 @functools.cache
