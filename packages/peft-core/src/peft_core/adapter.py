@@ -60,8 +60,8 @@ class Adapter(nn.Module):
     def forward_rows(cls, adapters: Sequence[Any], index: Tensor, base: Link, *args: Any, **kwargs: Any) -> Any:
         """All rows of a batch in one computation, each with an adapter of its own.
 
-        Optional: a faster form of what the core does by splitting the batch. `adapters` are of this class, `index`
-        (rows,) says which of them each row uses, -1 for none; `base` is the bare layer. Return `NotImplemented`
+        Optional: a faster form of what the core does by splitting the batch. `adapters` have this form in common,
+        `index` (rows,) says which of them each row uses, -1 for none; `base` is the bare layer. Return `NotImplemented`
         where these adapters cannot be batched (unequal ranks, say).
         """
         return NotImplemented
