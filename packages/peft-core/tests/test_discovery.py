@@ -628,4 +628,4 @@ def test_installed_extensions_load_on_first_use_and_a_broken_one_is_named(
     assert "method acme_fine: ok" in done.stdout
     assert "extension acme_store: ok\nextension acme_wreck: MethodContractError\n" in done.stdout
     table = run(site, "-m", "peft_core", "methods", PEFT_CORE_DISABLE_PLUGINS="acme_wreck").stdout
-    assert table.splitlines()[-1].split() == ["acme_wreck", "acme-wreck", "1.0", "disabled"]
+    assert ["acme_wreck", "acme-wreck", "1.0", "disabled"] in [line.split() for line in table.splitlines()]
