@@ -209,7 +209,9 @@ _SUB_LAYERS: Mapping[str, Roles] = {
         _LLAMA_NORMS,
     ),
     **dict.fromkeys(("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"), _LLAMA_NORMS | _roles(feed_forward="mlp")),
-    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2_NORMS),
+    # Dense blocks have a `down`, the others a shared expert whose `down` is not the sub-layer's.
+    "llama4": _roles(feed_forward="feed_forward"),
+    **dict.fromkeys(("gemma2", "gemma3_text", "gemma4"), _GEMMA2_NORMS),
     **dict.fromkeys(("exaone4", "olmo2"), _BRANCH_NORMS),
     "glm4": _LLAMA_NORMS
     | _roles(attention_branch_norm="post_self_attn_layernorm", feed_forward_branch_norm="post_mlp_layernorm"),
@@ -249,7 +251,12 @@ def _extended() -> dict[str, Roles]:
     table: dict[str, Roles] = {}
     extensions.load()
     for label, hook in extensions.one_by_one("peft_architectures"):
-        for types in check_result("peft_architectures", hook(), label):
+        try:
+            given = hook()
+        except Exception as error:
+            error.add_note(f"Raised in peft_architectures of the {label}.")
+            raise
+        for types in check_result("peft_architectures", given, label):
             for model_type, roles in types.items():
                 if model_type in owners:
                     raise ConfigError(
