@@ -23,6 +23,8 @@ from .routing import Request, Routing
 
 _NO_REQUEST = Request()
 _WHERE = "Raised in the adapted layer"
+_OWN = frozenset({"base_layer", "_hf_hook", "_old_forward"})
+"""Attributes that are never the base layer's. By the last two, accelerate marks the very module that it hooked."""
 
 
 class Link:
@@ -328,13 +330,13 @@ class Site(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # `base_layer`: not there yet, or half unpickled. Protocols such as copying are the site's own.
-            if name == "base_layer" or (name.startswith("__") and name.endswith("__")):
+            if name in _OWN or (name.startswith("__") and name.endswith("__")):
                 raise
             return getattr(self.base_layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("_modules", {}).get("base_layer")
-        if base is None or name in self.__dict__ or name in self._modules or hasattr(type(self), name):
+        if base is None or name in self.__dict__ or name in self._modules or name in _OWN or hasattr(type(self), name):
             super().__setattr__(name, value)
         elif hasattr(base, name):
             setattr(base, name, value)  # e.g. a model that ties its weights again
