@@ -252,6 +252,23 @@ def test_what_cannot_be_right_is_not_written(spoil: Any, why: str, tmp_path: Pat
     assert snapshot(tmp_path) == before
 
 
+def test_a_tensor_without_elements_is_written_where_the_method_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = record(0)
+    kind = type(made.adapters[1])
+    made.adapters[1].first = nn.Parameter(torch.empty(0, 6))
+    monkeypatch.setattr(kind, "may_be_empty", True, raising=False)
+    save(tmp_path, made)
+    with read(tmp_path) as file:
+        key = f"{PREFIX}layers.0.v_proj.lora_A.weight"
+        assert file.shapes[key][0] == (0, 6)
+        assert file.load([key])[key].shape == (0, 6)
+    made.adapters[1].first = nn.Parameter(torch.empty(0))  # what a partitioned tensor looks like
+    with pytest.raises(CheckpointError, match="no elements"):
+        save(tmp_path, made)
+
+
 def test_nothing_to_save_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no tensors"):
         save(tmp_path / "a", record(requests=[]))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from .banks import Seeded
 from .errors import CheckpointMismatchError, MergeError
 from .layers import BaseLayer, Params
 
@@ -35,6 +36,9 @@ class Adapter(nn.Module):
 
     uses_call: ClassVar[bool] = False
     """Whether `forward` reads `base.call`, the facts of the model's running call; see `peft_core.Call`."""
+
+    may_be_empty: ClassVar[bool] = False
+    """Whether a tensor without elements is a right state of it, and saved: a layer left with a rank of 0, say."""
 
     merge_is_approximate: str = ""
     """Why the merged weights do not compute quite what the adapter does; empty where they do. Merging then warns."""
@@ -130,6 +134,9 @@ class Adapter(nn.Module):
                     f"{self.layer.path}.{slot}: the file has shape {tuple(tensors[slot].shape)}, "
                     f"the adapter {tuple(getattr(owner, name).shape)}"
                 )
+        for slot, (owner, _) in slots.items():
+            if isinstance(owner, Seeded):
+                owner.check(tensors[slot], self.layer.path)
         for owner, name, part in [part for slot in slots for part in self.parts(slot, tensors[slot])]:
             old: Tensor = getattr(owner, name)
             device = self.layer.device if old.is_meta else old.device

@@ -28,7 +28,7 @@ from .adapter_file import (
 )
 from .errors import CheckpointError, PeftError
 from .hook_results import call_extensions
-from .layout import collect
+from .layout import layout
 from .locating import CONFIG, WEIGHTS, is_pickle, located, no_adapter
 from .plain_data import dump_json, parse_json, read_json
 
@@ -72,7 +72,7 @@ def save(
             the file system refused.
     """
     target = Path(directory)
-    tensors = {key: _storable(record.name, key, tensor) for key, tensor in collect(record).items()}
+    tensors = _tensors(record)
     if not tensors:
         raise CheckpointError(f"adapter {record.name!r} has no tensors, so there is nothing to save")
     config = record.config
@@ -112,7 +112,7 @@ def export(save_format: str, directory: Path, record: AdapterRecord, model: nn.M
 
     Raises `CheckpointError` where no installed extension knows the format, or a tensor cannot be written.
     """
-    tensors = {key: _storable(record.name, key, tensor) for key, tensor in collect(record).items()}
+    tensors = _tensors(record)
     data = record.config.beside_tensors(inference_mode=True)
     written = call_extensions(
         "peft_export", save_format=save_format, path=directory, config=data, tensors=tensors, model=model
@@ -124,7 +124,16 @@ def export(save_format: str, directory: Path, record: AdapterRecord, model: nn.M
         )
 
 
-def _storable(name: str, key: str, tensor: Tensor) -> Tensor:
+def _tensors(record: AdapterRecord) -> dict[str, Tensor]:
+    """The tensors of an adapter as they are written, by their keys."""
+    found = {}
+    for key, slot in layout(record).items():
+        may_be_empty = slot.index is not None and record.adapters[slot.index].may_be_empty
+        found[key] = _storable(record.name, key, slot.tensor, may_be_empty)
+    return found
+
+
+def _storable(name: str, key: str, tensor: Tensor, may_be_empty: bool) -> Tensor:
     """The tensor on the CPU, contiguous, in memory of its own where it shared some."""
 
     def refuse(why: str) -> CheckpointError:
@@ -134,7 +143,8 @@ def _storable(name: str, key: str, tensor: Tensor) -> Tensor:
         raise refuse("is on the meta device and has no data; load or initialise the adapter first")
     if tensor.layout != torch.strided or hasattr(tensor, "full_tensor"):
         raise refuse("is sparse or sharded; gather it into one dense tensor first")
-    if tensor.numel() == 0:
+    # Where an adapter may have no elements it still has a shape; a partitioned tensor has one dimension.
+    if tensor.numel() == 0 and not (may_be_empty and tensor.dim() > 1):
         raise refuse("has no elements: it is partitioned over processes and must be gathered, or its size is wrong")
     if tensor.dtype not in DTYPES.values():
         raise refuse(f"has the dtype {tensor.dtype}; files hold {', '.join(DTYPES)}")
