@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from . import discovery
 from .errors import PeftError
 from .extensions import extensions
 from .methods import available_methods, load_method
+from .scaffold import KINDS, create
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,9 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--config", metavar="JSON", help="with --contract: fields of the config, as '{\"r\": 4}'")
     check.add_argument("-k", dest="select", default="", metavar="EXPRESSION", help="with --contract: as pytest's -k")
     check.add_argument("--tracebacks", action="store_true", help="with --contract: pytest's own output")
+    new = commands.add_parser("new", help="write the package of a new method into ./NAME")
+    new.add_argument("name", metavar="NAME", help="the distribution's name, such as acme-method")
+    new.add_argument("--kind", choices=KINDS, default="additive", help=_listed(KINDS))
+    new.add_argument("--method", metavar="METHOD", help="the method's name, if it is not the package's")
+    new.add_argument("--directory", type=Path, metavar="DIR", help="make the folder NAME there, not here")
     arguments = parser.parse_args(argv)
     if arguments.command == "methods":
         return list_methods()
+    if arguments.command == "new":
+        return create_package(arguments.name, arguments.kind, arguments.method, arguments.directory)
     if arguments.command == "check" and arguments.contract:
         return check_contracts(arguments.names, arguments.config, arguments.select, arguments.tracebacks)
     if arguments.command == "check":
@@ -91,6 +100,24 @@ def check_contracts(names: Sequence[str], config: str | None, select: str, trace
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             failed += 1
     return 1 if failed else 0
+
+
+def create_package(name: str, kind: str, method: str | None, directory: Path | None) -> int:
+    """Write the package of a new method, and say what comes next."""
+    try:
+        folder = create(name, kind, method=method, directory=directory)
+    except PeftError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            print(path)
+    print(f"\nNow: cd {folder} && python -m pip install -e '.[test]' && python -m pytest")
+    return 0
+
+
+def _listed(kinds: Mapping[str, str]) -> str:
+    return "what the method does: " + "; ".join(f"{kind} {what}" for kind, what in kinds.items())
 
 
 def _passes(what: str, load: Callable[[], object]) -> bool:
