@@ -3,112 +3,28 @@
 from __future__ import annotations
 
 import inspect
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from peft_core import Adapter, AdapterConfig, RequestError, SiteRequest, TargetedConfig, get_peft_model
-from tests.tiny_transformers import TARGETS, fresh, gradients, make
+from peft_core import RequestError, get_peft_model
+from tests.tiny_transformers import fresh, make
 from tests.toy_plugins import net, plugin, randomise, registered
-
-
-class TaskConfig(TargetedConfig):
-    """A rank-one update with a vector for each task."""
-
-    peft_type: ClassVar[str] = "TOYTASK"
-    request_arguments: ClassVar[tuple[str, ...]] = ("task_ids",)
-    tasks: int = 3
-
-
-class TaskAdapter(Adapter):
-    seen: ClassVar[list[tuple[str, int]]] = []
-
-    def __init__(self, layer: Any, config: TaskConfig) -> None:
-        super().__init__(layer)
-        self.read = layer.parameter(layer.in_features)
-        self.write = layer.parameter(config.tasks, layer.out_features)
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.read)
-        nn.init.zeros_(self.write)
-
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0]
-        if not torch.compiler.is_compiling():
-            self.seen.append((self.layer.path, len(x)))
-        write = self.write[base.call.rows("task_ids", len(x))]
-        return base(*args, **kwargs) + (x @ self.read)[..., None] * write.view(len(x), *[1] * (x.dim() - 2), -1)
-
-
-class SuffixConfig(TargetedConfig):
-    """Acts from an invocation token of the prompt on, wherever a row has it."""
-
-    peft_type: ClassVar[str] = "TOYSUFFIX"
-    request_arguments: ClassVar[tuple[str, ...]] = ("invocation",)
-
-
-class SuffixAdapter(Adapter):
-    def __init__(self, layer: Any, config: SuffixConfig) -> None:
-        super().__init__(layer)
-        self.shift = layer.parameter(layer.out_features)
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.shift)
-
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
-        call, out = base.call, base(*args, **kwargs)
-        key = (self.shared, "start")
-        if key not in call.carried:
-            ids = call.inputs["input_ids"]
-            wanted = call.rows("invocation", len(ids)).unsqueeze(1)
-            found = ids == wanted
-            nowhere = torch.full_like(wanted[:, 0], 10**6)
-            call.carried[key] = torch.where(found.any(1), found.int().argmax(1), nowhere)
-        at = call.past_length + torch.arange(out.shape[1])
-        return out + (at >= call.carried[key][:, None])[..., None] * self.shift
-
-
-class PromptEditConfig(AdapterConfig):
-    """Edits what a block gives for the first positions of a prompt, and nothing that is decoded."""
-
-    peft_type: ClassVar[str] = "TOYEDIT"
-    positions: int = 2
-
-
-class PromptEdit(Adapter):
-    uses_call = True
-    phases: ClassVar[list[tuple[str, int]]] = []
-
-    def __init__(self, layer: Any, config: PromptEditConfig) -> None:
-        super().__init__(layer)
-        self.positions = config.positions
-        self.shift = layer.parameter(layer.request.meta["width"])
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.shift)
-
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
-        out, call = base(*args, **kwargs), base.call
-        self.phases.append((call.phase, call.past_length))
-        if call.phase == "decode":
-            return out
-        return torch.cat([out[:, : self.positions] + self.shift, out[:, self.positions :]], 1)
-
-
-def _first_block(model: Any) -> list[SiteRequest]:
-    return [SiteRequest("model.layers.0", meta={"width": model.config.hidden_size})]
-
-
-PLUGINS = (
-    plugin(TaskConfig, TaskAdapter),
-    plugin(SuffixConfig, SuffixAdapter),
-    plugin(PromptEditConfig, PromptEdit, peft_sites=_first_block),
+from tests.toy_requests import (
+    IDS,
+    PLUGINS,
+    TASKS,
+    PromptEdit,
+    PromptEditConfig,
+    SuffixConfig,
+    TaskAdapter,
+    TaskConfig,
+    X,
+    close,
+    tasked,
 )
 
 
@@ -118,21 +34,6 @@ def _methods() -> Iterator[None]:
     PromptEdit.phases.clear()
     with registered(*PLUGINS):
         yield
-
-
-IDS = torch.tensor([[5, 6, 7, 8], [9, 5, 3, 4], [6, 6, 9, 10]])
-TASKS = [2, 0, 1]
-X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-
-
-def tasked(kind: str = "llama", **fields: Any) -> Any:
-    model = get_peft_model(make(kind, **fields), TaskConfig(target_modules=TARGETS[kind]))
-    return randomise(model, std=1.0)
-
-
-# Products of one row and of several are summed in another order.
-def close(first: Tensor, second: Tensor) -> None:
-    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
 
 # -- what a call is given ----------------------------------------------------------------------------------------------
@@ -239,78 +140,6 @@ def test_together_with_an_adapter_for_each_row() -> None:
     for row, name in enumerate(names):
         one = {"adapter_names": [name], "task_ids": TASKS[row : row + 1]}
         assert torch.equal(model.generate(IDS[row : row + 1], **one, **options)[0], beams[row])
-
-
-def test_threads_keep_their_tasks_apart() -> None:
-    model = tasked()
-    with torch.no_grad():
-        expected = {task: model(IDS, task_ids=task).logits for task in range(3)}
-    wrong: list[int] = []
-
-    def serve(task: int) -> None:
-        with torch.no_grad():
-            for _ in range(20):
-                if not torch.equal(model(IDS, task_ids=[task] * 3).logits, expected[task]):
-                    wrong.append(task)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=serve, args=(task,)) for task in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert not wrong
-
-
-# -- recompute and compilation -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("thread", [False, True])
-def test_t2_recompute_finds_the_task_of_its_own_forward(reentrant: bool, thread: bool) -> None:
-    """Two forwards with different tasks before one backward, which may run on another thread."""
-
-    def trained(checkpoint: bool) -> dict[str, Tensor]:
-        model = tasked().train()
-        if checkpoint:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        losses = [model(IDS, labels=IDS, task_ids=tasks).loss for tasks in (TASKS, [0, 0, 2])]
-        with torch.no_grad():
-            model(IDS, task_ids=[1, 1, 1])  # another call between forward and backward
-        run = sum(losses).backward
-        if thread:
-            other = threading.Thread(target=run)
-            other.start()
-            other.join()
-        else:
-            run()
-        return gradients(model)
-
-    plain, recomputed = trained(False), trained(True)
-    assert any(grad.abs().sum() > 0 for grad in plain.values())
-    for name, grad in plain.items():
-        assert torch.equal(grad, recomputed[name]), name
-
-
-def test_t2_request_arguments_break_no_graph() -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    for model, given in ((tasked(), (IDS,)), (get_peft_model(net(), TaskConfig(target_modules=["up"])), (X,))):
-        randomise(model)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        for tasks in (TASKS, [0, 1, 2]):
-            expected = model(*given, task_ids=torch.tensor(tasks)).logits
-            # The compiler may sum in another order.
-            torch.testing.assert_close(
-                compiled(*given, task_ids=torch.tensor(tasks)).logits, expected, rtol=1e-5, atol=1e-4
-            )
-    assert not torch._dynamo.utils.counters["graph_break"]
-    torch._dynamo.reset()
 
 
 # -- what sites know of the call ---------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ from tests.toy_plugins import plugin, randomise, registered
 IDS = torch.tensor([[5, 6, 7, 8], [9, 5, 3, 4], [6, 6, 9, 10]])
 TASKS = [2, 0, 1]
 OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-DEVICES = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"} | dict.fromkeys(
-    ("model.norm", "model.rotary_emb", "lm_head"), "cpu"
-)
+DEVICES = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+DEVICES |= dict.fromkeys(("model.norm", "model.rotary_emb", "lm_head"), "cpu")
 
 
 class MixedConfig(AdapterConfig):

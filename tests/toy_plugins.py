@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from peft_core import hookimpl, register_method, unregister_method
 
@@ -49,21 +50,31 @@ class Output:
 
 
 class Block(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, checkpoint: str | None = None) -> None:
         super().__init__()
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width)
+        self.checkpoint = checkpoint
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.checkpoint is None or not torch.is_grad_enabled():
+            return self._inner(x)
+        found: Tensor = checkpoint(self._inner, x, use_reentrant=self.checkpoint == "reentrant")
+        return found
+
+    def _inner(self, x: Tensor) -> Tensor:
         return x + self.down(torch.tanh(self.up(x)))
 
 
 class Net(nn.Module):
-    """A classifier of (rows, width) whose output has a loss where labels are given, and no other argument."""
+    """A classifier of (rows, width) whose output has a loss where labels are given; it takes no other argument.
 
-    def __init__(self, width: int = 6, classes: int = 4, blocks: int = 2) -> None:
+    With `checkpoint`, "reentrant" or "saved", its blocks are recomputed by torch's own function.
+    """
+
+    def __init__(self, width: int = 6, classes: int = 4, blocks: int = 2, checkpoint: str | None = None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
+        self.blocks = nn.ModuleList([Block(width, checkpoint) for _ in range(blocks)])
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
