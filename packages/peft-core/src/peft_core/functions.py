@@ -77,6 +77,8 @@ def set_peft_model_state_dict(
     keys, report = match(given, expected, strict=strict, base_names=base.keys())
     check_base(base, given, report)
     values = given.load(list(keys.values()), torch.device("cpu"))
+    for key, theirs in keys.items():
+        slots[key].check(record, values[theirs])
     with torch.no_grad():
         for key, theirs in keys.items():
             for tensor, value in slots[key].parts(record, values[theirs]):

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from .bare import ROOT, SHARED
 from .layers import BaseLayer, SiteRequest
 from .planning import Draft, view
 from .records import PeftState
 from .root import RootSite
 from .site import Site
 from .transaction import Undo
-from .tree import ROOT, SHARED, Tree, walk
+from .tree import Tree, walk
 
 
 def attach(model: nn.Module, state: PeftState, draft: Draft, undo: Undo) -> None:

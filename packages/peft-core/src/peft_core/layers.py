@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from . import offload
+from . import bare, offload
 from . import rows as batch
 from .errors import MergeError, TargetError
 from .stand_in import shadowed
@@ -77,7 +77,7 @@ class BaseLayer:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the parameters this view covers."""
-        return self.request.names or tuple(name for name, _ in self.module.named_parameters(remove_duplicate=False))
+        return self.request.names or tuple(bare.parameter_names(self.module))
 
     def params(self) -> Params:
         """The weights as dense tensors, without a copy where the storage is dense and at hand."""
@@ -118,6 +118,7 @@ class BaseLayer:
         stored = {n: self._to_storage(n, p) for n, p in params.items()}
         if torch.compiler.is_compiling():
             # The compiler follows this for every module, and a shadow for some only; nothing runs meanwhile.
+            stored = {bare.name_inside(self.module, n): p for n, p in stored.items()}
             return torch.func.functional_call(self.module, stored, args, kwargs)
         return shadowed(self.module, stored)(*args, **kwargs)
 
@@ -169,8 +170,7 @@ class BaseLayer:
     # -- storage -------------------------------------------------------------------------------------------------
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
-        parent, _, attribute = name.rpartition(".")
-        return (self.module.get_submodule(parent) if parent else self.module), attribute
+        return bare.owner_of(self.module, name)
 
     def _stored(self, name: str) -> Tensor:
         owner, attribute = self._owner(name)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from .banks import Seeded
 from .errors import CheckpointError
 from .hook_results import call
 from .matching import PREFIX, SHARED_PREFIX
@@ -27,6 +28,15 @@ class Slot:
     index: int | None
     name: str
     tensor: Tensor
+
+    def check(self, record: AdapterRecord, value: Tensor) -> None:
+        """Raise `CheckpointMismatchError` for the checksum of other numbers than the adapter drew from its seed."""
+        if self.index is None:
+            owner = record.shared.get_submodule(self.name.rpartition(".")[0])
+        else:
+            owner = record.adapters[self.index].slots()[self.name][0]
+        if isinstance(owner, Seeded):
+            owner.check(value, record.name)
 
     def parts(self, record: AdapterRecord, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The adapter's own tensors that keep a value of this slot, each with its part of it."""

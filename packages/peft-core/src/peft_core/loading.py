@@ -173,6 +173,8 @@ def _refill(model: nn.Module, record: AdapterRecord, file: AdapterFile) -> None:
     """New values into the tensors that are there, by pointer: all of them or none."""
     slots = layout.layout(record)
     values = file.load(list(file.shapes), next((slot.tensor.device for slot in slots.values()), _device(model)))
+    for key, slot in slots.items():
+        slot.check(record, values[key])
     with Undo() as undo, torch.no_grad():
         for key, slot in slots.items():
             for tensor, value in slot.parts(record, values[key]):

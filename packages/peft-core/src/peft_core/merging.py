@@ -39,7 +39,9 @@ def merge(
     """
     snapshots: dict[str, dict[str, Tensor]] = {}
     ties: dict[int, list[tuple[BaseLayer, str, Tensor]]] = {}
-    for path, site in _progress(state.sites, progressbar):
+    # As in a call, a module's own adapters act on the weights that those around it give.
+    outermost_first = sorted(state.sites.items(), key=lambda item: item[0].count(".") + bool(item[0]))
+    for path, site in _progress(outermost_first, progressbar):
         if not site.chain(names):
             continue
         layer = site._layer
@@ -60,7 +62,7 @@ def merge(
 
 def unmerge(state: PeftState, undo: Undo) -> None:
     """Put the original parameters back."""
-    for path, snapshot in state.snapshots.items():
+    for path, snapshot in reversed(state.snapshots.items()):
         layer = state.sites[path]._layer
         merged = layer.snapshot(tuple(snapshot))
         undo.add(lambda layer=layer, merged=merged: layer.restore(merged))  # type: ignore[misc]
@@ -131,8 +133,7 @@ def _tie_again(members: list[tuple[BaseLayer, str, Tensor]]) -> None:
             layer.restore({name: first})
 
 
-def _progress(sites: dict[str, Site], progressbar: bool) -> list[tuple[str, Site]]:
-    items = list(sites.items())
+def _progress(items: list[tuple[str, Site]], progressbar: bool) -> list[tuple[str, Site]]:
     if progressbar:
         from tqdm.auto import tqdm
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import hook_results
 from .adapter import Adapter
+from .bare import owner_of
 from .config import AdapterConfig, TargetedConfig
 from .errors import PeftError, TargetError
 from .layers import BaseLayer, SiteRequest, layer_of
@@ -234,9 +235,9 @@ def view(tree: Tree, request: SiteRequest) -> BaseLayer:
 
 
 def _has_parameter(module: nn.Module, name: str) -> bool:
-    owner, _, attribute = name.rpartition(".")
     try:
-        return module.get_submodule(owner)._parameters.get(attribute) is not None
+        owner, attribute = owner_of(module, name)
+        return owner._parameters.get(attribute) is not None
     except AttributeError:
         return False
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .bare import ROOT, SHARED
 from .calls import parameter_names
 from .routing import Routing, remembering, remembers
 
@@ -52,7 +53,16 @@ def _make(cls: type, arguments: tuple[str, ...]) -> type:
     for name, override in OVERRIDES.items():
         if hasattr(cls, name):
             namespace[name] = _with_signature_of(getattr(cls, name), override)
+    if issubclass(cls, (nn.Sequential, nn.ModuleList)):  # these run, or give, all that is registered in them
+        namespace |= {
+            "__iter__": lambda self: iter(_own_children(self)),
+            "__len__": lambda self: len(_own_children(self)),
+        }
     return type(cls.__name__, (PeftModel, cls), namespace)
+
+
+def _own_children(model: nn.Module) -> list[Any]:
+    return [child for name, child in model._modules.items() if name not in (ROOT, SHARED)]
 
 
 def _with_signature_of(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:

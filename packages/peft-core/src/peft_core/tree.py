@@ -8,13 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .bare import ROOT, SHARED
 from .site import Site
-
-SHARED = "_peft_shared"
-"""Child module of the model that holds the adapters' shared tensors."""
-
-ROOT = "_peft_root"
-"""Child module of the model that holds the adapters around the model itself."""
 
 
 @dataclass
