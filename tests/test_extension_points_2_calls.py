@@ -207,6 +207,16 @@ def test_a_strategy_trains_and_comes_back_from_a_file(at: str, tmp_path: Path) -
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("how", ["", "model", "side"])
+def test_a_strategy_compiles_without_a_graph_break(how: str) -> None:
+    model = gated(how) if how != "side" else randomise(get_peft_model(make("llama"), SideConfig()), std=2.0)
+    expected = model(IDS).logits  # and transformers sets up its capture of hidden states, under a lock
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(IDS).logits, expected, rtol=1e-5, atol=1e-4)  # sums in another order
+    torch._dynamo.reset()
+
+
 def test_another_pass_has_other_adapters_and_notes_and_losses_of_its_own() -> None:
     scratches: list[Any] = []
 

@@ -237,6 +237,31 @@ def test_trainer_with_an_optimizer_of_the_users(tmp_path: Path) -> None:
     assert [group["initial_lr"] for group in run.optimizer.param_groups] == [0.01, 0.16]
 
 
+def test_a_trainer_that_makes_its_own_optimizer(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    from tests.trainer_scenarios import sentences, strict_warnings, trainer
+
+    class Own(Trainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            self.optimizer = torch.optim.AdamW(self.model.parameter_groups(lr=0.01))
+            return self.optimizer
+
+    model = get_peft_model(fresh("llama"), RankConfig(target_modules=["q_proj"]))
+    with strict_warnings():
+        run = trainer(model, tmp_path, sentences(), save_strategy="no")
+        Own(model, run.args, train_dataset=sentences()).train()
+    assert [step for event, step in EVENTS if event == "before"] == [0, 1, 2, 3]
+
+
+def test_a_wrapped_model_is_driven_as_the_model_inside() -> None:
+    model = ranked()
+    optimizer = torch.optim.SGD(parameters(model), lr=0.1)
+    drive(torch.nn.DataParallel(torch.compile(model, backend="eager")), optimizer)
+    train(model, optimizer, accumulate=4)
+    assert [step for event, step in EVENTS if event == "before"] == [0, 1]
+
+
 def test_a_step_that_a_scaler_skips_is_no_event() -> None:
     model = ranked()
     optimizer = torch.optim.SGD(parameters(model), lr=0.1)

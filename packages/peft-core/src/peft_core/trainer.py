@@ -70,6 +70,14 @@ def _dispatch(module: Any) -> None:
 
         return _with_losses(self, model, others.get("num_items_in_batch"), return_outputs, plainly)
 
+    schedule: Callable[..., Any] = trainer.create_scheduler
+
+    @functools.wraps(schedule)
+    def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _drive(self)  # once more: a subclass may make its optimizer without asking `Trainer`
+        return schedule(self, *args, **kwargs)
+
+    trainer.create_scheduler = create_scheduler
     trainer.compute_loss = compute_loss
     trainer.create_optimizer = create_optimizer
     trainer._load_from_checkpoint = load_from_checkpoint

@@ -126,11 +126,17 @@ _drives: weakref.WeakKeyDictionary[torch.optim.Optimizer, Drive] = weakref.WeakK
 def drive(model: Any, optimizer: torch.optim.Optimizer, *, step: int | Callable[[], int] = 0) -> Drive:
     """Let the methods of a model's adapters act at each step of `optimizer`; one line, once, before training.
 
-    transformers' `Trainer` does it by itself. `step` is the number of the next step (0-based), or a function that
-    tells it. Driving an optimizer again replaces what was.
+    transformers' `Trainer` does it by itself. `model` may be wrapped (DistributedDataParallel, a compiled model);
+    `step` is the number of the next step (0-based), or a function that tells it. Driving an optimizer again replaces
+    what was.
 
     Raises `PeftError` where the model has no adapters or `optimizer` is not a `torch.optim.Optimizer`.
     """
+    while state_of(model) is None:
+        wrapped = model._modules.get("_orig_mod", model._modules.get("module"))
+        if wrapped is None:
+            break
+        model = wrapped
     _state(model)
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper steps the one inside
     if not isinstance(inner, torch.optim.Optimizer):
