@@ -101,6 +101,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     state = state_of(model)
     try:
         model.eval()
+        for parameter, _, _ in parameters:
+            parameter.grad = None  # a backward would add to the values of those there are
         if state is None:
             yield
         else:
