@@ -10,6 +10,7 @@ from torch import nn
 from .bare import ROOT, SHARED
 from .layers import BaseLayer, SiteRequest
 from .planning import Draft, view
+from .recorders import give_back
 from .records import PeftState
 from .root import RootSite
 from .site import Site
@@ -57,6 +58,8 @@ def detach(model: nn.Module, state: PeftState, name: str, undo: Undo) -> None:
         undo.keep(site.adapters._modules)
         site.detach(name)
         if not site.names():
+            undo.keep(site.base_layer._forward_hooks)
+            give_back(site.base_layer)
             if request.path:
                 _replace(tree, site.base_layer, site.base_layer, undo)
             else:

@@ -19,6 +19,7 @@ from .adapter import Adapter
 from .calls import Call
 from .errors import PeftError, RequestError, add_note
 from .layers import BaseLayer, Params
+from .recorders import recorders
 from .routing import Request, Routing
 
 _NO_REQUEST = Request()
@@ -209,6 +210,16 @@ class Site(nn.Module):
         if kwargs and not args and self._input in kwargs:  # adapters find the input in one place
             kwargs = dict(kwargs)
             args = (kwargs.pop(self._input),)
+        module = self._layer.module
+        if not module._forward_hooks:
+            return self._act(args, kwargs)
+        recording = recorders(module)
+        out = self._act(args, kwargs)
+        for record in recording:
+            record(module, args, out)
+        return out
+
+    def _act(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         routing = self._routing
         request = routing.current()
         if routing.merged:
