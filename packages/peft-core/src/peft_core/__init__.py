@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         RequestError,
         TargetError,
     )
+    from .extensions import register_extension, unregister_extension
     from .functions import (
         get_layer_status,
         get_model_status,
@@ -148,9 +149,11 @@ __all__ = [
     "plan",
     "prefix_sites",
     "refresh",
+    "register_extension",
     "register_method",
     "role_paths",
     "set_peft_model_state_dict",
+    "unregister_extension",
     "unregister_method",
 ]
 
@@ -198,6 +201,7 @@ _NAMES = {
         "RequestError",
         "TargetError",
     ),
+    "extensions": ("register_extension", "unregister_extension"),
     "functions": (
         "get_layer_status",
         "get_model_status",

@@ -169,3 +169,16 @@ def _wrapper_name(name: str) -> str:
 
 
 extensions = Extensions()
+
+
+def register_extension(plugin: object, name: str) -> None:
+    """Add an extension without packaging: an object with marked hooks of `ExtensionSpecs`, or wrappers of a method's.
+
+    Raises `MethodClashError` where the name is in use, `MethodContractError` where its hooks are not right.
+    """
+    extensions.register(plugin, name)
+
+
+def unregister_extension(name: str) -> None:
+    """Remove what `register_extension` added. Raises `MethodNotFoundError` where there is none of that name."""
+    extensions.unregister(name)
