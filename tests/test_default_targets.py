@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from peft.utils import constants
@@ -13,30 +12,24 @@ from peft.utils import constants
 from peft_core.architectures import default_targets, role_names
 from peft_core.config import TargetedConfig
 from peft_ia3 import IA3Config
-from peft_lora import LoraConfig
+from peft_lora import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig
 
 DATA: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "default_targets.json").read_text())
 
-ATTENTION = ("query", "key", "value", "output")
-
-
-class AdaLoraRoles(TargetedConfig):
-    """The roles for a method that is not here yet: the table has all that its defaults need."""
-
-    peft_type: ClassVar[str] = "ADALORA"
-    default_roles: ClassVar[tuple[str, ...]] = ("query", "value")
-    default_roles_for: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **dict.fromkeys(("bart", "opt", "t5"), (*ATTENTION, "up", "down")),
-        **dict.fromkeys(("deberta-v2", "roberta"), ("query", "key", "value", "dense")),
-        "mt5": (*ATTENTION, "gate", "up", "down"),
-        "nemotron_h": ATTENTION,
-    }
-
+# HF's tables of these two are copies of LoRA's.
+TABLES = {"loha": "lora", "lokr": "lora"}
+METHODS: list[tuple[str, type[TargetedConfig]]] = [
+    ("lora", LoraConfig),
+    ("adalora", AdaLoraConfig),
+    ("loha", LoHaConfig),
+    ("lokr", LoKrConfig),
+    ("ia3", IA3Config),
+]
 
 TARGETS = [
     pytest.param(config, model_type, expected, id=f"{method}-{model_type}")
-    for method, config in (("lora", LoraConfig), ("adalora", AdaLoraRoles), ("ia3", IA3Config))
-    for model_type, expected in DATA[method].items()
+    for method, config in METHODS
+    for model_type, expected in DATA[TABLES.get(method, method)].items()
 ]
 
 
@@ -61,6 +54,8 @@ def test_feed_forward_layers_are_those_of_hf(model_type: str) -> None:
     ("method", "table"),
     [
         ("lora", constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING),
+        ("loha", constants.TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING),
+        ("lokr", constants.TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING),
         ("adalora", constants.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING),
         ("ia3", constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING),
         ("ia3_feedforward", constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING),
@@ -68,4 +63,4 @@ def test_feed_forward_layers_are_those_of_hf(model_type: str) -> None:
 )
 def test_the_fixture_is_what_the_installed_hf_peft_has(method: str, table: dict[str, Any]) -> None:
     found = {key: names if isinstance(names, str) else sorted(names) for key, names in table.items()}
-    assert found == DATA[method]
+    assert found == DATA[TABLES.get(method, method)]

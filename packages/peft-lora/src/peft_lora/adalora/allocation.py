@@ -42,14 +42,18 @@ class Allocation:
         self.history: list[tuple[int, dict[str, int]]] = []
         """(step, {path: rank}) after each step that pruned."""
         self._watched: tuple[str, int] | None = None
+        self._changes = 0
 
     def expect_driving(self, path: str, e: Tensor) -> None:
         """Called in each forward in training: warn, once, where an optimizer steps and nobody says so."""
         if self.driven or self.settled or torch.compiler.is_compiling():
             return
-        if self._watched is None:
-            self._watched = path, e._version
-        elif self._watched[0] == path and e.grad is not None and self._watched[1] != e._version:
+        if self._watched is not None and self._watched[0] != path:
+            return
+        if self._watched is not None and self._watched[1] != e._version:
+            self._changes += 1  # written in place: an optimizer's step, or for once, values from elsewhere
+        self._watched = path, e._version
+        if self._changes == 2:
             self.driven = True
             warnings.warn(
                 "AdaLoRA is being trained, and no rank is ever pruned: its steps are not driven. Write "

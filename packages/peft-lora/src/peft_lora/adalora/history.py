@@ -60,11 +60,13 @@ def plot_ranks(model: nn.Module, adapter_name: str = "default", *, ax: Axes | No
     return ax
 
 
-def prune_ranks(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
+def prune_ranks(
+    model: nn.Module, adapter_name: str = "default", *, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, int]:
     """End the allocation now: cut every layer to the rows that are not zero, and return the ranks by path.
 
     The last of `total_step` steps does this by itself, but in trainings over several processes: call it there after
-    the training, before saving. An optimizer of these tensors cannot go on afterwards.
+    the training, before saving. The tensors are new ones: give the `optimizer` that is to train them further.
 
     Raises as `rank_history`.
     """
@@ -73,7 +75,7 @@ def prune_ranks(model: nn.Module, adapter_name: str = "default") -> dict[str, in
     for adapter in adapters.values():
         adapter.forget()
     if record.config.rank_pattern is None:  # type: ignore[attr-defined]
-        write_pattern(record, settle(adapters))
+        write_pattern(record, settle(adapters, optimizer))
     allocation.settled = True
     return {path: adapter.lora_E.shape[0] for path, adapter in adapters.items()}
 

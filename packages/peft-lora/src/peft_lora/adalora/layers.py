@@ -132,24 +132,30 @@ class AdaLora(DeltaAdapter):
             self._buffers[name] = None
 
     def cut(self, optimizer: torch.optim.Optimizer | None = None) -> list[bool]:
-        """Keep only the rows where E is not zero, in the optimizer's state too; returns which of all rows these are."""
+        """Keep only the rows where E is not zero, in new parameters; returns which of all rows these are.
+
+        `optimizer` goes on with the new ones, and with their part of its state.
+        """
         keep = self.lora_E.detach()[:, 0] != 0
         for name in FACTORS:
-            _cut(self.get_parameter(name), keep, 1 if name == "lora_B" else 0, optimizer)
+            old, dim = self.get_parameter(name), 1 if name == "lora_B" else 0
+            rows = keep.nonzero()[:, 0]
+            # Another object, not other data: graphs and hooks that still hold the old one go by its shape.
+            new = nn.Parameter(old.detach().index_select(dim, rows), requires_grad=old.requires_grad)
+            if old.grad is not None:
+                new.grad = old.grad.index_select(dim, rows)
+            self._parameters[name] = new
+            if optimizer is not None:
+                _hand_over(optimizer, old, new, dim, rows)
         return [bool(kept) for kept in keep.tolist()]
 
 
-def _cut(parameter: nn.Parameter, keep: Tensor, dim: int, optimizer: torch.optim.Optimizer | None) -> None:
-    rows = keep.nonzero()[:, 0]
-    shape = parameter.shape
-    if optimizer is not None and parameter in optimizer.state:
-        state = optimizer.state[parameter]
-        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim()}
-        if all(value.shape == shape for value in tensors.values()):
-            state.update({k: v.index_select(dim, rows.to(v.device)) for k, v in tensors.items()})
-        else:  # kept in a form of the optimizer's own: it begins anew
-            del optimizer.state[parameter]
-    grad, parameter.grad = parameter.grad, None
-    parameter.data = parameter.data.index_select(dim, rows)
-    if grad is not None:
-        parameter.grad = grad.index_select(dim, rows)
+def _hand_over(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, dim: int, rows: Tensor) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    state = optimizer.state.pop(old, None)
+    tensors = {key: value for key, value in (state or {}).items() if isinstance(value, Tensor) and value.dim()}
+    # A state in a form of the optimizer's own (factored, quantised) begins anew.
+    if state and all(value.shape == old.shape for value in tensors.values()):
+        cut = {key: value.index_select(dim, rows.to(value.device)) for key, value in tensors.items()}
+        optimizer.state[new] = {**state, **cut}
