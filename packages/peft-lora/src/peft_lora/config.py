@@ -136,10 +136,7 @@ class LoraConfig(TargetedConfig):
     @classmethod
     def translate(cls, data: dict[str, Any]) -> dict[str, Any]:
         if own := data.pop(STARTED_FROM, None):
-            if (
-                not isinstance(own, dict)
-                or not {*_DOUBLED, "init_lora_weights"} <= own.keys() <= cls.model_fields.keys()
-            ):
+            if not isinstance(own, dict) or not {*_DOUBLED, "init_lora_weights"} <= own.keys() <= _OWN:
                 raise ConfigError(
                     f"{STARTED_FROM}: it holds the fields that an adapter was made with, not {shown(own)}"
                 )
@@ -258,6 +255,7 @@ class LoraConfig(TargetedConfig):
 
 
 _DOUBLED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+_OWN = {*_DOUBLED, *START_OF, "init_lora_weights"}
 
 
 def _doubled(config: LoraConfig) -> dict[str, Any]:

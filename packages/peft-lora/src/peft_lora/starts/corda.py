@@ -105,7 +105,7 @@ def _covariances(corda: CordaConfig, layers: Sequence[BaseLayer], batches: Batch
     path = None if corda.covariance_file is None else Path(corda.covariance_file)
     if path is not None and path.is_file():
         return _read(path, layers)
-    found = PerInput(Covariance)
+    found = PerInput(lambda paths: Covariance())
     for seen in batches.inputs(layers):
         for covariance, x in found.groups(seen):
             covariance.update(rows(x))

@@ -76,7 +76,7 @@ def calibrate(config: LoraConfig, layers: Sequence[BaseLayer], batches: Batches)
     settings = {layer.path: patterns.settings(layer.path) for layer in layers}
     most = {layer.path: _most(layer, settings[layer.path], eva.rho) for layer in layers}
     # Layers with one input may ask for different numbers; the largest serves all.
-    found = PerInput(lambda: Pca(max(most.values()), eva.tau))
+    found = PerInput(lambda paths: Pca(max(most[path] for path in paths), eva.tau))
     for x, pca in _inputs(layers, batches, eva, found):
         pca.update(x)
     for layer in layers:

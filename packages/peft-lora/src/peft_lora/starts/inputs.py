@@ -17,7 +17,8 @@ T = TypeVar("T")
 class PerInput(Generic[T]):
     """One gatherer for each input: queries, keys and values of a block usually have one between them."""
 
-    def __init__(self, make: Callable[[], T]) -> None:
+    def __init__(self, make: Callable[[tuple[str, ...]], T]) -> None:
+        """`make` is given the paths of the layers that read the input."""
         self._make = make
         self._groups: list[tuple[str, ...]] | None = None
         self._found: dict[str, T] = {}
@@ -31,14 +32,14 @@ class PerInput(Generic[T]):
         if self._groups is None:
             self._groups = now
             for paths in now:
-                self._found.update(dict.fromkeys(paths, self._make()))
+                self._found.update(dict.fromkeys(paths, self._make(paths)))
         elif self._groups != now:
             # The layers do not always read the same: from now on each has its own.
             now = self._groups = [(path,) for path in seen]
             self._found = {path: copy.deepcopy(one) for path, one in self._found.items()}
             for path in seen:
                 if path not in self._found:
-                    self._found[path] = self._make()
+                    self._found[path] = self._make((path,))
         return [(self._found[paths[0]], seen[paths[0]]) for paths in now]
 
     def of(self, layer: BaseLayer) -> T:

@@ -31,6 +31,12 @@ def calibrate(config: LoraConfig, layers: Sequence[BaseLayer], batches: Batches)
     ga = config.lora_ga_config or LoraGAConfig()
     patterns = Patterns(config, trusted=True)
     for layer in layers:
+        stored = layer.module._parameters.get("weight")
+        if stored is None or not stored.is_floating_point():
+            raise layer.refuse(
+                "init_lora_weights='lora_ga' starts from the gradient of its weight, and one that is stored "
+                "quantised has no gradient"
+            )
         r, smaller = patterns.settings(layer.path).r, min(layer.in_features, layer.out_features)  # type: ignore[attr-defined]
         if 2 * r > smaller:
             raise layer.refuse(

@@ -11,5 +11,7 @@ from torch import Tensor
 
 def factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r) for `weight` (out, in)."""
-    u = torch.linalg.svd(weight, full_matrices=False).U
-    return weight.new_zeros(r, weight.shape[1]), u[:, -r:]
+    b = torch.linalg.svd(weight, full_matrices=False).U[:, -r:]
+    # A singular vector's sign is the decomposition's whim; B should not depend on the machine.
+    largest = b.gather(0, b.abs().argmax(0, keepdim=True))
+    return weight.new_zeros(r, weight.shape[1]), b * largest.sign()
