@@ -95,7 +95,8 @@ class MethodSpecs:
         """Build the adapter of one layer, with empty parameters (`layer.parameter(...)`).
 
         `tensors` holds the checkpoint's part for this layer where one is being loaded, by the file's keys (what
-        `peft_state_key` makes of slots): shapes may come from it. Otherwise the core calls `adapter.reset_parameters()` afterwards.
+        `peft_state_key` makes of slots): shapes may come from it. Otherwise the core calls
+        `adapter.reset_parameters()` afterwards.
         """
 
     @hookspec(firstresult=True)
