@@ -207,6 +207,20 @@ def test_a_strategy_trains_and_comes_back_from_a_file(at: str, tmp_path: Path) -
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("at", ["", "model"])
+def test_t2_notes_of_a_call_are_there_in_the_recompute(at: str) -> None:
+    """Reentrant checkpoints cannot: gradients of what a block reads beside its inputs run through the notes twice."""
+    grads = []
+    for checkpoint in (False, True):
+        model = gated(at).train()
+        if checkpoint:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        (model(IDS, labels=IDS).loss + model(IDS.flip(1), labels=IDS).loss).backward()
+        grads.append(gradients(model))
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
 @pytest.mark.parametrize("how", ["", "model", "side"])
 def test_a_strategy_compiles_without_a_graph_break(how: str) -> None:
     model = gated(how) if how != "side" else randomise(get_peft_model(make("llama"), SideConfig()), std=2.0)

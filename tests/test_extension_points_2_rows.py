@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_core import RequestError, get_peft_model
+from peft_core import Adapter, RequestError, get_peft_model
 from tests.tiny_transformers import make
 from tests.toy_algebra import LABELS, PLUGINS, GainConfig, GateConfig, Low, MixConfig, RankConfig, X
-from tests.toy_plugins import net, randomise, registered
+from tests.toy_plugins import net, plugin, randomise, registered
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +87,57 @@ def test_rows_are_batched_in_generation_and_over_beams() -> None:
         one = model.generate(ids[row : row + 1], adapter_names=[name], **options)
         assert torch.equal(found[row], one[0])
     assert not torch.equal(found, model.generate(ids, adapter_names=names[::-1], **options))
+
+
+class ResidualConfig(GainConfig):
+    """An adapter of a whole block, by its output."""
+
+    peft_type: ClassVar[str] = "TOYBLOCKROWS"
+
+
+class Residual(Adapter):
+    def __init__(self, layer: Any, config: Any) -> None:
+        super().__init__(layer)
+        self.down, self.up = layer.parameter(3, 16), layer.parameter(16, 3)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.down)
+        nn.init.zeros_(self.up)
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        out = base(*args, **kwargs)
+        return out + torch.tanh(out @ self.down.t()) @ self.up.t()
+
+
+class Batched(Residual):
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Any], index: Tensor, base: Any, *args: Any, **kwargs: Any) -> Any:
+        out = base(*args, **kwargs)
+        down = torch.stack([adapter.down for adapter in adapters])[index]
+        up = torch.stack([adapter.up for adapter in adapters])[index] * (index >= 0)[:, None, None]
+        return out + torch.tanh(out @ down.mT) @ up.mT
+
+
+@pytest.mark.parametrize("kind", [Residual, Batched])
+def test_blocks_that_fill_a_cache_are_not_run_on_some_rows_at_a_time(kind: type[Residual]) -> None:
+    """Two groups of equal size would leave their keys one behind the other, and nobody would notice."""
+    with registered(plugin(ResidualConfig, kind)):
+        model = get_peft_model(make("llama"), ResidualConfig(target_modules=r"model\.layers\.\d"), "a")
+        model.add_adapter("b", ResidualConfig(target_modules=r"model\.layers\.\d"))
+        randomise(model, "a", seed=1)
+        randomise(model, "b", seed=2)
+        ids = torch.tensor([[5, 6, 7, 8], [9, 5, 3, 4], [6, 6, 9, 10], [3, 4, 5, 6]])
+        names = ["a", "a", "b", "b"]
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        uncached = model.generate(ids, adapter_names=names, use_cache=False, **options)
+        for row, name in enumerate(names):
+            one = model.generate(ids[row : row + 1], adapter_names=[name], **options)
+            assert torch.equal(uncached[row], one[0])
+        if kind is Batched:
+            assert torch.equal(model.generate(ids, adapter_names=names, **options), uncached)
+        else:
+            with pytest.raises(RequestError, match=r"model.layers.0: .* cannot share the cache.*use_cache=False"):
+                model.generate(ids, adapter_names=names, **options)
 
 
 def test_t8_a_method_whose_rows_depend_on_the_batch_is_refused() -> None:

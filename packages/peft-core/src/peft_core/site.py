@@ -82,6 +82,12 @@ class Link:
         with self._site._routing.within(Request(names, call=call and call.apart())):
             yield
 
+    def of_rows(self, rows: Tensor, size: int) -> Link:
+        """This callable as it looks to some of a batch's `size` rows: `call.rows` gives their entries."""
+        call = self.request.call
+        request = self.request if call is None else replace(self.request, call=call.of_rows(rows, size))
+        return Link(self._site, self.inner, request, self._known)
+
     def through(self, name: str, *args: Any, out: Any = None, **kwargs: Any) -> Any:
         """What this callable and then the adapter `name` of the model give for these arguments.
 
@@ -288,6 +294,12 @@ class Site(nn.Module):
                         part = adapter.accumulate(part, x)  # type: ignore[operator]
                     out = out.index_copy(dim, rows, part)
             return out
+        if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+            raise RequestError(
+                f"{self._layer.path or 'the model itself'}: one adapter per row runs this part of the model on some rows "
+                "at a time, and they cannot share the cache of all; generate with use_cache=False, or once per adapter "
+                "(a method whose class has forward_rows needs neither)"
+            )
         pieces, nests = [], self._nests()
         for (active, _), (chain, rows) in zip(request.groups(size, first.device), groups, strict=True):
             own = request if request.call is None else replace(request, call=request.call.of_rows(rows, size))
