@@ -120,7 +120,7 @@ class LowRank(DeltaAdapter):
         if not self.unanchored:
             return
         assert self.anchor is not None
-        a, b = starts.from_weight(self)
+        a, b = starts.taken_out(self)
         device, dtype = self.a.device, self.a.dtype
         self.anchor.a = nn.Parameter(a.to(device, dtype), requires_grad=False)
         self.anchor.b = nn.Parameter(b.neg().to(device, dtype), requires_grad=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peft_core.calibration import Batches
 from peft_core.errors import ConfigError
-from peft_core.layers import BaseLayer, ConvLayer
+from peft_core.layers import BaseLayer, ConvLayer, EmbeddingLayer
 from peft_core.records import AdapterState
 from peft_lora.config import FROM_DATA, NITER, LoraConfig
 from peft_lora.settings import Patterns, Settings, start
@@ -115,6 +115,14 @@ def begin(adapter: LowRank) -> None:
         init = True if settings.init in FROM_DATA else settings.init
         start(adapter.a, adapter.b, getattr(adapter, "lora_bias", None), init, settings.r)
     adapter.drop_anchor()
+
+
+def taken_out(adapter: LowRank) -> tuple[Tensor, Tensor]:
+    """A0 and B0 that HF PEFT took out of the base: none of an embedding, where it leaves such starts alone."""
+    if isinstance(adapter.layer, EmbeddingLayer):
+        table = adapter.layer.params()["weight"]
+        return table.new_zeros(adapter.a.shape), table.new_zeros(adapter.b.shape)
+    return from_weight(adapter)
 
 
 def from_weight(adapter: LowRank) -> tuple[Tensor, Tensor]:
