@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from toys import Block, GainConfig, SumConfig, digest, plugin, randomise, toys
+from toys import Block, GainConfig, ShiftConfig, SumConfig, digest, plugin, randomise, toys
 
 from peft_core import (
     Adapter,
@@ -541,6 +541,44 @@ def test_a_root_sites_parameters_are_those_of_the_model() -> None:
             compiled(x)
     finally:
         torch._dynamo.reset()
+
+
+def test_a_model_that_runs_all_its_children_runs_only_its_own() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+    children, expected = list(model), model(draw())
+    get_peft_model(model, RootConfig())
+    assert torch.equal(model(draw()), expected)
+    assert len(model) == 3 and list(model) == children and model[-1] is children[-1]
+    model.unload()
+    assert len(model) == 3 and list(model.children()) == children
+
+
+def test_other_weights_of_a_block_reach_the_sites_inside() -> None:
+    """Also in a graph, where the same is done in another way."""
+    model, x = get_peft_model(net(), ShiftConfig(target_modules=["layers.0"]), "block"), draw()
+    randomise(model, "block")
+    alone = model(x)
+    model.add_adapter("inner", GainConfig(target_modules=["layers.0.up"]))
+    assert torch.equal(model(x), alone)
+    model.add_adapter("weights", ShiftConfig(target_modules=["layers.0.up"]))
+    for order in (["block", "inner"], ["block", "weights"], ["weights", "block", "inner"]):
+        model.set_adapter(order)
+        for name in order:
+            randomise(model, name)
+        out = model(x)
+        assert not torch.equal(out, alone)
+        torch._dynamo.reset()
+        try:
+            compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(x), out)
+        finally:
+            torch._dynamo.reset()
+        model.merge_adapter()
+        # float32: products with weights that were rounded once more.
+        torch.testing.assert_close(model(x), out, rtol=1e-5, atol=1e-5)
+        model.unmerge_adapter()
+        assert torch.equal(model(x), out)
 
 
 def test_rows_of_sites_inside_sites() -> None:
