@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from .counted_cache import CACHE_NAMES
 from .errors import RequestError, TargetError
 from .layers import SiteRequest
 from .tree import walk
+
+if TYPE_CHECKING:
+    from .site import Link
 
 
 def backbone_sites(model: nn.Module) -> list[SiteRequest]:
@@ -112,6 +116,19 @@ def visible_of(numbers: Sequence[int], index: Tensor) -> Tensor:
     n = max(numbers)
     own = torch.tensor([0, *numbers], device=index.device)[index + 1]
     return torch.arange(n, device=index.device) >= n - own[:, None]
+
+
+def of_rows(base: Link, index: Tensor, count: int) -> list[Link]:
+    """What `base` is for the rows of each of `count` adapters, those with its number in `index`.
+
+    By these links `call.rows` gives an adapter the entries of its own rows.
+    """
+    call = base.request.call
+    if call is None:
+        return [base] * count
+    rows = [(index == at).nonzero()[:, 0] for at in range(count)]
+    requests = [replace(base.request, call=call.of_rows(own, len(index))) for own in rows]
+    return [type(base)(base._site, base.inner, request, base._known) for request in requests]
 
 
 def first_position(module: nn.Module) -> int:

@@ -104,6 +104,8 @@ def _build(
     def tensors_for(request: SiteRequest) -> Mapping[str, Tensor]:
         start = request.key_prefix
         found = tensors.get(request.path, {})
+        if start.startswith("/"):  # keys that begin anew, without the path
+            start, found = start[1:], tensors.get("", {})
         return {key[len(start) :]: value for key, value in found.items() if key.startswith(start)}
 
     found = draft(
@@ -187,7 +189,8 @@ def _refill(model: nn.Module, record: AdapterRecord, file: AdapterFile) -> None:
 def _same_function(first: AdapterConfig, second: AdapterConfig) -> bool:
     """Whether two configs ask for the same computation of the same tensors, in whatever order names are given."""
     one, other = (
-        {k: _unordered(v) for k, v in c.to_dict().items() if k not in checkpoint.EDITABLE} for c in (first, second)
+        {k: _unordered(v) for k, v in c.beside_tensors().items() if k not in checkpoint.EDITABLE}
+        for c in (first, second)
     )
     return one == other
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, as_compute
-from .backbones import attribute_of, bind, cache_argument, first_position, refuse_packed, visible_of
+from .backbones import attribute_of, bind, cache_argument, first_position, of_rows, refuse_packed, visible_of
 from .calls import parameter_names
 from .counted_cache import own_part
 from .errors import RequestError
@@ -81,7 +81,8 @@ class PrefixAdapter(Adapter):
         n = max(numbers)
         order = torch.cat([(index == at).nonzero()[:, 0] for at in range(-1, len(adapters))]).argsort()
         counts = torch.bincount(index + 1, minlength=len(numbers)).tolist()
-        made = [adapter.key_values(count, base) for adapter, count in zip(adapters, counts[1:], strict=True)]
+        links = of_rows(base, index, len(adapters))
+        made = [a.key_values(count, own) for a, count, own in zip(adapters, counts[1:], links, strict=True)]
         joined = []
         for part in zip(*made, strict=True):
             padded = [nn.functional.pad(piece, (0, 0, n - piece.shape[2], 0)) for piece in part]

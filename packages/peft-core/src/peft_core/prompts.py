@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, as_compute
-from .backbones import PACKED, Cut, Places, bind, cache_argument, first_position, refuse_packed, visible_of
+from .backbones import PACKED, Cut, Places, bind, cache_argument, first_position, of_rows, refuse_packed, visible_of
 from .calls import parameter_names
 from .counted_cache import Entry, count_made, counted, filled_with, has_length, prepare_classes
 from .errors import RequestError
@@ -115,7 +115,8 @@ class PromptAdapter(Adapter):
             )
 
         def make(batch: int) -> Tensor:
-            pieces = [adapter._rows(owners.count(at), base) for at, adapter in enumerate(adapters)]
+            links = enumerate(of_rows(base, index, len(adapters)))
+            pieces = [adapters[at]._rows(owners.count(at), own) for at, own in links]
             padded = [nn.functional.pad(piece, (0, 0, n - piece.shape[1], 0)) for piece in pieces]
             order = torch.cat([(index == at).nonzero()[:, 0] for at in range(-1, len(adapters))])
             nobody = torch.zeros_like(padded[0][:1])
