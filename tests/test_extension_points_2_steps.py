@@ -190,7 +190,10 @@ def test_a_mask_driven_by_gradients_in_a_plain_loop() -> None:
 
 def test_accelerate_needs_the_same_line() -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # one for the process: a `Trainer` may have left its own
+    GradientState._reset_state()
     plain, model = ranked(), ranked()
     optimizer = torch.optim.SGD(parameters(plain), lr=0.5)
     drive(plain, optimizer)
