@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_core.adapter import Adapter
 from peft_core.layers import BaseLayer, SiteRequest, layer_of
@@ -50,3 +53,41 @@ def gap(one: Tensor, other: Tensor) -> float:
     """Largest difference relative to the largest value."""
     one, other = one.detach().double(), other.detach().double()
     return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operations that run, and the largest tensor that one of them makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.made: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
+                self.made.append(tensor.numel())
+        return out
+
+
+def operations(call: Any) -> list[str]:
+    with Recorder() as recorder:
+        call()
+    return recorder.names
+
+
+@contextmanager
+def kept_for_backward() -> Iterator[dict[int, int]]:
+    """Bytes of each storage that autograd keeps, by its address."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
