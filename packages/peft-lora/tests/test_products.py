@@ -234,12 +234,15 @@ def test_half_precision_keeps_float32_parameters(kind: Config, autocast: bool) -
 
 @both
 def test_backward_keeps_the_input_and_no_weight(kind: Config) -> None:
-    """Bytes beyond what the frozen layer keeps (nothing): x, and for LoHa the (rows, r²) between its products."""
+    """Bytes beyond what the frozen layer keeps (nothing): x, and what is between the factors.
+
+    That is (rows, r²) in LoHa, (rows, r) at each of the 8 parts of x in LoKr.
+    """
     i, o, rows, r = 64, 96, 40, 3
     model = adapted(kind, layer(i, o, torch.float32), r=r)
     x = inputs(rows, i, dtype=torch.float32).mul(1)  # no leaf: it counts
     kept = kept_for_backward(lambda: model(x.requires_grad_(True) * 1), model)
-    between = 4 * rows * r * r if kind is LoHaConfig else 0
+    between = 4 * rows * r * (r if kind is LoHaConfig else 8)
     assert kept == 4 * rows * i + between
 
 

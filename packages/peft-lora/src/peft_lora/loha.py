@@ -155,7 +155,7 @@ class _AddHadamard(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, b1, a1, b2, a2, hidden = ctx.saved_tensors
         dtype, r = grad.dtype, a1.shape[0]
-        d_hidden = (grad @ _columns(b1, b2).to(dtype)) * ctx.scaling
+        d_hidden = grad @ (_columns(b1, b2) * ctx.scaling).to(dtype)
         d_x = (d_hidden @ _rows(a1, a2).to(dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
         d_a = (d_hidden.t() @ x.to(dtype)).to(a1.dtype).view(r, r, -1)
         d_b = ((grad.t() @ hidden) * ctx.scaling).to(b1.dtype).view(-1, r, r)

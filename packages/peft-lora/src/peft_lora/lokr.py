@@ -195,52 +195,64 @@ class LoKr(ProductAdapter):
         return (p["lokr_w2"], None) if "lokr_w2" in p else (p["lokr_w2_a"], p["lokr_w2_b"])
 
 
+def _first(x: Tensor, a: Tensor | None, v: int) -> Tensor:
+    """A at each of the v parts of the rows of x (rows, v n), A perhaps the identity: (v, rows j)."""
+    rows = x.shape[0]
+    inputs = x.reshape(rows * v, x.shape[1] // v)
+    hidden = inputs if a is None else inputs @ a.t()
+    return hidden.view(rows, v, hidden.shape[1]).transpose(0, 1).reshape(v, rows * hidden.shape[1])
+
+
+def _across(c: Tensor, turned: Tensor, rows: int) -> Tensor:
+    """(u, v) times (v, rows j), turned back: (rows u, j)."""
+    u, j = c.shape[0], turned.shape[1] // rows if rows else 0
+    return (c @ turned).view(u, rows, j).transpose(0, 1).reshape(rows * u, j)
+
+
+def _last(out: Tensor, mixed: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """out (rows, u k) + s (B at each of the u parts)."""
+    return torch.addmm(out.reshape(-1, b.shape[0]), mixed.view(-1, b.shape[1]), b.t(), alpha=scaling).view(out.shape)
+
+
 def _add(out: Tensor, x: Tensor, c: Tensor, b: Tensor, a: Tensor | None, scaling: float) -> Tensor:
     """out + s (C ⊗ B A) x for rows of x (rows, v n), A perhaps the identity."""
-    (u, v), (k, j), rows = c.shape, b.shape, x.shape[0]
-    inputs = x.reshape(rows * v, x.shape[1] // v)
-    hidden = inputs if a is None else inputs @ a.t()  # (rows v, j)
-    mixed = (c @ hidden.view(rows, v, j).transpose(0, 1).reshape(v, rows * j)).view(u, rows, j)
-    mixed = mixed.transpose(0, 1).reshape(rows * u, j)
-    return torch.addmm(out.reshape(rows * u, k), mixed, b.t(), alpha=scaling).view(rows, u * k)
+    return _last(out, _across(c, _first(x, a, c.shape[1]), x.shape[0]), b, scaling)
 
 
 class _AddKronecker(torch.autograd.Function):
-    """out + s (C ⊗ B A) x for rows x (n, in), in the dtype of `out`. Kept for backward: x and the factors.
+    """out + s (C ⊗ B A) x for rows x (rows, v n), in the dtype of `out`.
 
-    Second derivatives are refused.
+    Kept for backward: x, the factors, and between A and C (v, rows r), which is smaller than x by n / r; where there is
+    no A, x alone. Second derivatives are refused.
     """
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, x: Tensor, c: Tensor, b: Tensor, a: Tensor | None, scaling: float) -> Tensor:
         dtype = out.dtype
-        ctx.save_for_backward(x, c, b, a)
+        turned = _first(x.to(dtype), None if a is None else a.to(dtype), c.shape[1])
+        ctx.save_for_backward(x, c, b, a, None if a is None else turned)
         ctx.scaling = scaling
-        return _add(out, x.to(dtype), c.to(dtype), b.to(dtype), None if a is None else a.to(dtype), scaling)
+        return _last(out, _across(c.to(dtype), turned, x.shape[0]), b.to(dtype), scaling)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, c, b, a = ctx.saved_tensors
-        dtype = grad.dtype
-        (u, v), (k, j), rows = c.shape, b.shape, x.shape[0]
-        c_, b_ = c.to(dtype), b.to(dtype)
-        a_ = None if a is None else a.to(dtype)
-        inputs = x.to(dtype).reshape(rows * v, x.shape[1] // v)
-        hidden = inputs if a_ is None else inputs @ a_.t()  # (rows v, j)
-        flat = hidden.view(rows, v, j).transpose(0, 1).reshape(v, rows * j)
-        mixed = (c_ @ flat).view(u, rows, j).transpose(0, 1).reshape(rows * u, j)
-        g = grad.reshape(rows * u, k)
-        d_b = (g.t() @ mixed) * ctx.scaling
-        d_mixed = ((g @ b_) * ctx.scaling).view(rows, u, j).transpose(0, 1).reshape(u, rows * j)
-        d_c = d_mixed @ flat.t()
+        x, c, b, a, turned = ctx.saved_tensors
+        dtype, rows, (u, v), (k, j) = grad.dtype, x.shape[0], c.shape, b.shape
+        inputs, c_, b_ = x.to(dtype), c.to(dtype), b.to(dtype) * ctx.scaling
+        if turned is None:
+            turned = _first(inputs, None, v)
+        parts = grad.reshape(rows * u, k)
+        d_b = (parts.t() @ _across(c_, turned, rows)) * ctx.scaling
+        d_mixed = (parts @ b_).view(rows, u, j).transpose(0, 1).reshape(u, rows * j)
+        d_c = d_mixed @ turned.t()
         d_a = d_x = None
         if a is not None or ctx.needs_input_grad[1]:
-            d_hidden = (c_.t() @ d_mixed).view(v, rows, j).transpose(0, 1).reshape(rows * v, j)
-            if a_ is not None:
-                d_a = (d_hidden.t() @ inputs).to(a.dtype)
+            d_hidden = _across(c_.t(), d_mixed, rows)
+            if a is not None:
+                d_a = (d_hidden.t() @ inputs.reshape(rows * v, x.shape[1] // v)).to(a.dtype)
             if ctx.needs_input_grad[1]:
-                d_x = (d_hidden if a_ is None else d_hidden @ a_).view(x.shape).to(x.dtype)
+                d_x = (d_hidden if a is None else d_hidden @ a.to(dtype)).view(x.shape).to(x.dtype)
         return grad, d_x, d_c.to(c.dtype), d_b.to(b.dtype), d_a, None
 
 
