@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import hookimpl
-from peft_core.extensions import extensions
+from peft_core import hookimpl, register_extension, unregister_extension
 
 WIDTH, INNER = 8, 12
 _PARTS = {"blocks": ["blocks"], "query": ["query"], "output": ["output"], "up": ["up"], "down": ["down"]}
@@ -33,11 +32,11 @@ class ToyRoles:
 @contextmanager
 def toy_roles() -> Iterator[None]:
     """Within, the roles of these model types are known."""
-    extensions.register(ToyRoles(), "roles of toys")
+    register_extension(ToyRoles(), "roles of toys")
     try:
         yield
     finally:
-        extensions.unregister("roles of toys")
+        unregister_extension("roles of toys")
 
 
 class ToyBlock(nn.Module):

@@ -295,6 +295,12 @@ def test_rows_of_a_part_of_the_batch() -> None:
     assert whole.scratch == {"note": 1} and whole.losses == {"term": 1}  # one call all the same
 
 
+def test_inputs_of_the_model_are_cut_to_rows_too() -> None:
+    mask = torch.tensor([[1, 1], [0, 1], [1, 0], [0, 0]])
+    part = Call({"attention_mask": mask}, {}).of_rows(torch.tensor([3, 1]), 4)
+    assert part.rows("attention_mask", 2).tolist() == [[0, 0], [0, 1]]
+
+
 # -- the facts of a call -----------------------------------------------------------------------------------------
 
 

@@ -229,6 +229,7 @@ RIGHT: list[tuple[str, Any, Any]] = [
     ("peft_calibrate", None, None),
     ("peft_combine", STATE, STATE),
     ("peft_combine", None, None),
+    ("peft_step", CONFIG, CONFIG),
     ("peft_step", None, None),
     ("peft_param_groups", GROUPS, GROUPS),
     ("peft_param_groups", None, None),

@@ -231,6 +231,10 @@ def test_hook_peft_layer(method, extension):
     model.unmerge_adapter()
     assert torch.equal(model(x), before)
     assert not isinstance(model[0]._layer, LinearLayer)
+    # Linear by its view, it is one of "all-linear".
+    model.unload()
+    get_peft_model(model, method()(target_modules="all-linear"))
+    assert list(model.get_adapters()) == ["0"]
 
 
 def test_hook_peft_architectures(method, extension):
@@ -388,6 +392,18 @@ def test_hook_peft_step(method):
     assert len(seen) == count
     with pytest.raises(PeftError, match="needs a torch.optim.Optimizer"):
         drive(model, object())
+
+
+def test_a_step_may_change_what_files_say(method):
+    def peft_step(config, event, step):
+        return config.resolve(scale=config.scale + step) if event == "after" else None
+
+    model = get_peft_model(net(), method(peft_step=peft_step)(target_modules=["up"]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    drive(model, optimizer, step=2)
+    for _ in range(2):
+        optimizer.step()
+    assert model.peft_config["default"].scale == 1.0 + 2 + 3
 
 
 def test_hook_peft_param_groups(method):

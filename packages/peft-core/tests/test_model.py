@@ -17,6 +17,7 @@ from peft_core import (
     PeftError,
     PeftModel,
     TargetError,
+    base_modules,
     get_peft_model,
     plan,
 )
@@ -298,3 +299,19 @@ def test_trainable_line(capsys):
     assert capsys.readouterr().out == (
         f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share}\n"
     )
+
+
+def test_the_base_and_the_adapters_by_path():
+    plain = net()
+    paths = [path for path, _ in plain.named_modules()]
+    model = get_peft_model(plain, SumConfig(target_modules=["up", "layers.1.down"]))
+    model.add_adapter("other", SumConfig(target_modules=["classifier"]))
+    found = base_modules(model)
+    assert list(found) == paths
+    assert all(type(module).__name__ != "Site" for module in found.values())
+    adapters = model.get_adapters()
+    assert list(adapters) == ["layers.0.up", "layers.1.up", "layers.1.down"]
+    assert adapters["layers.0.up"] is model.layers[0].up.of("default")[""]
+    assert list(model.get_adapters("other")) == ["classifier"]
+    with pytest.raises(AdapterNotFoundError):
+        model.get_adapters("nobody")

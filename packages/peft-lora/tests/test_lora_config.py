@@ -39,7 +39,13 @@ from peft_lora import LoraConfig, lora
         ({"layers_pattern": "layers"}, "layers_to_transform"),
         ({"rank": 4}, "no such field"),
         ({"lora_alfa": 4}, "Did you mean 'lora_alpha'"),
-        ({"use_qalora": True}, "no such field"),
+        ({"use_kasa": True}, "no such field"),
+        ({"use_qalora": True, "use_dora": True}, "exclude each other"),
+        ({"use_qalora": True, "alora_invocation_tokens": [1]}, "exclude each other"),
+        ({"use_qalora": True, "init_lora_weights": "pissa"}, "no start 'pissa'"),
+        ({"alora_invocation_tokens": []}, "an empty list"),
+        ({"layer_replication": []}, "an empty list"),
+        ({"qalora_group_size": 0}, "a positive integer"),
     ],
     ids=str,
 )
@@ -75,9 +81,7 @@ def test_options_of_other_writers_that_are_switched_off_pass() -> None:
     assert LoraConfig.from_dict(off) == LoraConfig()
 
 
-@pytest.mark.parametrize(
-    "key", ["use_qalora", "layer_replication", "alora_invocation_tokens", "velora_config", "megatron_config"]
-)
+@pytest.mark.parametrize("key", ["use_bdlora", "arrow_config", "kasa_config", "velora_config", "megatron_config"])
 def test_active_options_that_are_unknown_are_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         LoraConfig.from_dict({key: [[0, 4]]})

@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from .site import Link
     from .tasks import TaskType
     from .training import Drive, drive
+    from .tree import base_modules
 
     __version__: str
 
@@ -135,6 +136,7 @@ __all__ = [
     "as_compute",
     "available_methods",
     "backbone_sites",
+    "base_modules",
     "drive",
     "get_layer_status",
     "get_model_status",
@@ -224,6 +226,7 @@ _NAMES = {
     "model": ("PeftModel", "get_peft_model"),
     "planned": ("Plan", "plan"),
     "tasks": ("TaskType",),
+    "tree": ("base_modules",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -64,15 +64,17 @@ class Call:
         return "prefill" if self.generating else "score"
 
     def rows(self, name: str, size: int) -> Tensor:
-        """A request argument with one entry for each of the `size` rows that a layer sees.
+        """A request argument, or an input of the model, with one entry for each of the `size` rows that a layer sees.
 
         What was given for n rows is repeated where a layer sees several rows for each, as under beam search.
 
         Raises `RequestError` where the argument was not given, or does not fit the rows.
         """
-        if self.arguments.get(name) is None:
+        given = self.arguments.get(name)
+        given = self.inputs.get(name) if given is None else given
+        if given is None:
             raise RequestError(f"this call needs {name}: pass {name}=..., one entry for each row of the batch")
-        value = torch.as_tensor(self.arguments[name])
+        value = torch.as_tensor(given)
         whole = size if self._part is None else self._part[1]
         value = value.reshape(1) if value.dim() == 0 else value
         times, rest = divmod(whole, len(value))

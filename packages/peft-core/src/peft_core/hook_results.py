@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .methods import Method
 
 
-SILENT = ("peft_prepare", "peft_step")
+SILENT = ("peft_prepare",)
 """Hooks that return nothing."""
 
 
@@ -219,7 +219,10 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "peft_state_key": ("a non-empty string", lambda v: isinstance(v, str) and bool(v)),
     "peft_calibrate": ("a peft_core.AdapterState (config and tensors), or None", _is_state),
     "peft_combine": ("a peft_core.AdapterState (config and tensors), or None", _is_state),
-    "peft_step": ("nothing", lambda v: v is None),
+    "peft_step": (
+        "a config, as `config.resolve(...)` gives it, or None",
+        lambda v: v is None or _is_config_object(v),
+    ),
     "peft_param_groups": ("a list of dicts that each have a list `params`, or None", _is_groups),
     "peft_layer": ("an instance of peft_core.BaseLayer, or None if the module is not its own", _is_layer),
     "peft_architectures": ("a mapping {model_type: {role: [module names]}}", _is_roles),

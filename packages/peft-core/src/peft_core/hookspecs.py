@@ -41,11 +41,13 @@ class MethodSpecs:
         """Say whether `module` at `path` gets an adapter; None leaves it to `target_modules`."""
 
     @hookspec(firstresult=True)
-    def peft_resolve(self, config: AdapterConfig, model: nn.Module, matched: Sequence[str]) -> AdapterConfig | None:
+    def peft_resolve(
+        self, config: AdapterConfig, model: nn.Module, matched: Mapping[str, nn.Module]
+    ) -> AdapterConfig | None:
         """Return `config.resolve(...)` with what this model makes of fields left open; None leaves it as it is.
 
         The result is what the other hooks see and what is saved; `target_modules` is settled before. `matched`
-        are the paths of the modules that `target_modules` or `peft_match` selected.
+        are the modules that `target_modules` or `peft_match` selected, by path.
         """
 
     @hookspec(firstresult=True)
@@ -57,11 +59,11 @@ class MethodSpecs:
 
     @hookspec
     def peft_sites(  # type: ignore[empty-body]
-        self, config: AdapterConfig, model: nn.Module, matched: Sequence[str]
+        self, config: AdapterConfig, model: nn.Module, matched: Mapping[str, nn.Module]
     ) -> Sequence[SiteRequest]:
         """Return sites beyond the matched modules: single parameters, embedding rows, tied twins, blocks.
 
-        `matched` are the paths of the modules that `target_modules` or `peft_match` selected.
+        `matched` are the modules that `target_modules` or `peft_match` selected, by path.
         """
 
     @hookspec
@@ -137,7 +139,7 @@ class MethodSpecs:
         `config` is the new adapter's where the user gave one. Raise a `CombineError` where these adapters do not fit.
         """
 
-    @hookspec
+    @hookspec(firstresult=True)
     def peft_step(
         self,
         model: nn.Module,
@@ -148,10 +150,11 @@ class MethodSpecs:
         event: str,
         step: int,
         optimizer: torch.optim.Optimizer,
-    ) -> None:
+    ) -> AdapterConfig | None:
         """Act at a step of the optimizer (0-based): `event` is "before" it, gradients being present, or "after" it.
 
-        Gradients may be changed in place before, tensors after.
+        Gradients may be changed in place before, tensors after. Return `config.resolve(...)` where the step changed
+        what files should say (ranks, for instance).
         """
 
     @hookspec(firstresult=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import status
+from .adapter import Adapter
 from .calls import Call, inputs_of, take_arguments
 from .combining import combine
 from .config import AdapterConfig
@@ -27,7 +28,7 @@ from .records import PeftState
 from .routing import BASE, Request
 from .saveable import Saveable
 from .subclass import base_class, forward_names, rebuild
-from .training import parameter_groups
+from .training import key_of, parameter_groups
 from .transaction import Undo
 from .tree import walk
 
@@ -178,6 +179,14 @@ class PeftModel(Mergeable, Saveable):
             _module(self), adapter_name, peft_config, autocast_adapter_dtype, None, calibration=calibration
         )
         install(_module(self), found, trainable=not peft_config.inference_mode, activate=False)
+
+    def get_adapters(self, adapter_name: str = "default") -> dict[str, Adapter]:
+        """The parts of one adapter by place: the path of the module it sits at, or `path:part`. Not copies.
+
+        Raises `AdapterNotFoundError`.
+        """
+        record = self._peft.record(adapter_name)
+        return {key_of(record, index): adapter for index, adapter in enumerate(record.adapters)}
 
     def add_weighted_adapter(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -247,7 +248,7 @@ def _select(
 ) -> tuple[list[SiteRequest], AdapterConfig, list[str]]:
     requests: list[SiteRequest] = []
     problems: list[str] = []
-    matched: tuple[str, ...] = ()
+    matched: Mapping[str, nn.Module] = MappingProxyType({})
 
     def ask(hook_name: str, otherwise: Any) -> Any:
         """What a hook makes of the matched modules; its refusal is one problem among the others."""
@@ -278,7 +279,7 @@ def _select(
             )
 
         selection = choose(True)
-        matched = tuple(selection.matched)
+        matched = MappingProxyType(selection.matched)
         targeted, config = config, config.resolve(**selection.resolved)
         config = ask("peft_resolve", config)
         extra: list[SiteRequest] = ask("peft_sites", [])

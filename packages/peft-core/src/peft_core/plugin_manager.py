@@ -194,4 +194,6 @@ def _brief(value: object) -> str:
         return value.__qualname__
     if isinstance(value, list | tuple | dict):
         return f"{type(value).__name__} of {len(value)}"
-    return f"<{type(value).__qualname__}>"
+    layer = getattr(value, "layer", value)  # an adapter, or a layer itself
+    path = getattr(layer, "path", None)
+    return f"<{type(value).__qualname__}{f' at {path}' if isinstance(path, str) and path else ''}>"

@@ -11,6 +11,8 @@ from torch import nn
 
 from .architectures import default_targets, model_type_of
 from .config import AdapterConfig
+from .extensions import extensions
+from .hook_results import call_extensions
 from .layers import is_conv1d
 from .patterns import NameMatcher, ends
 from .suggest import did_you_mean
@@ -114,7 +116,7 @@ class _Selector:
             # Every matcher sees every name: an entry that is overruled elsewhere is not a misspelt one.
             by_name = matcher is not None and path != "" and matcher.matches(*names)
             excluded = exclude is not None and exclude.matches(*names)
-            linear = everything and module is not head and (isinstance(module, nn.Linear) or is_conv1d(module))
+            linear = everything and module is not head and self._is_linear(path, module)
             hit = by_name or linear
             hit = hit if answer is None else answer
             wanted += hit
@@ -218,6 +220,15 @@ class _Selector:
             names += [other + path[at:] for other in self.aliases.get(path[:at], ())]
             at = path.rfind(".", 0, at)
         return names
+
+    def _is_linear(self, path: str, module: nn.Module) -> bool:
+        """Whether a module is a linear layer, be its class one or an extension's view of its storage."""
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            return True
+        if not extensions.hook.peft_layer.get_hookimpls():
+            return False
+        view = call_extensions("peft_layer", path=path, module=module)
+        return view is not None and view.kind == "linear"
 
     def _read_past(self, path: str) -> bool:
         """Whether the module's parent uses its weight without calling it."""

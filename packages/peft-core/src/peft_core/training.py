@@ -101,7 +101,7 @@ class Drive:
         for name in state.active:
             record = state.adapters[name]
             if record.trainable and record.method.hook.peft_step.get_hookimpls():
-                hook_results.call(
+                changed = hook_results.call(
                     record.method,
                     "peft_step",
                     model=model,
@@ -113,6 +113,7 @@ class Drive:
                     step=self.step,
                     optimizer=optimizer,
                 )
+                record.config = record.config if changed is None else changed
 
     def remove(self) -> None:
         """End it; the optimizer is as it was."""

@@ -20,7 +20,7 @@ class Undo:
         """Register how to take back what comes next. Steps may run although the change never happened."""
         self._steps.append(step)
 
-    def keep(self, mapping: dict[str, Any]) -> None:
+    def keep(self, mapping: dict[Any, Any]) -> None:
         """Register that a dictionary gets its present entries back, in their order."""
         entries = dict(mapping)
 

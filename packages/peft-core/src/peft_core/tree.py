@@ -51,6 +51,17 @@ class Tree:
         return dict(self.modules)
 
 
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by path, as they are without any adapters: itself under the empty path, each once."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for path, module in walk(model).modules:
+        if id(module) not in seen:
+            seen.add(id(module))
+            found[path] = module
+    return found
+
+
 def walk(model: nn.Module, instead: Mapping[str, nn.Module] | None = None) -> Tree:
     """Walk once. A module registered twice is listed under each path, its children under the first.
 

@@ -34,6 +34,7 @@ FROM_DATA = ("eva", "corda", "lora_ga")
 ANCHORED = ("olora", "pissa", "corda", "lora_ga")
 # The config of a start, and the start that has it.
 START_OF = {"eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga", "loftq_config": "loftq"}
+VARIANTS = ("alora_invocation_tokens", "use_qalora")
 # Ours, in files: the fields that describe an adapter whose tensors are written in another form.
 STARTED_FROM = "started_from"
 
@@ -70,6 +71,11 @@ class LoraConfig(TargetedConfig):
         lora_bias: a learned bias next to B.
         target_parameters: names of single 2-D or 3-D parameters, such as stacked experts ("experts.down_proj").
         ensure_weight_tying: what is learned at one of two tied layers holds for both.
+        alora_invocation_tokens: the adapter acts from the last occurrence of these tokens on (aLoRA; linear layers). In
+            calls that do not show the prompt, `alora_offsets` says for each row how many of its last tokens are meant.
+        use_qalora, qalora_group_size: A reads the means of groups of inputs (QA-LoRA; linear layers).
+        layer_replication: ranges of the model's layers, [[first, end], ...], that make a deeper model; layers that
+            occur twice share their weights and have adapters of their own.
 
     The other fields are those of `TargetedConfig`.
     """
@@ -86,8 +92,8 @@ class LoraConfig(TargetedConfig):
     }
     allow_no_targets: ClassVar[bool] = True
     # Options that this package does not have, at the values that switch them off.
-    inert_keys: ClassVar[Mapping[str, object]] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
-    written_if_set: ClassVar[Set[str]] = frozenset(START_OF)
+    inert_keys: ClassVar[Mapping[str, object]] = {"megatron_core": "megatron.core"}
+    written_if_set: ClassVar[Set[str]] = frozenset({*START_OF, *VARIANTS, "qalora_group_size", "layer_replication"})
 
     r: int = 8
     lora_alpha: int | float = 8
@@ -104,9 +110,18 @@ class LoraConfig(TargetedConfig):
     corda_config: CordaConfig | None = None
     lora_ga_config: LoraGAConfig | None = None
     use_dora: bool = False
+    alora_invocation_tokens: tuple[int, ...] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    layer_replication: tuple[tuple[int, int], ...] | None = None
     lora_bias: bool = False
     target_parameters: tuple[str, ...] | None = None
     ensure_weight_tying: bool = False
+
+    @property
+    def request_arguments(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Where an invocation begins, for calls that do not show it."""
+        return ("alora_offsets",) if self.alora_invocation_tokens else ()
 
     def __init__(self, **data: Any) -> None:
         super().__init__(**_without_default_targets(data))
@@ -154,6 +169,7 @@ class LoraConfig(TargetedConfig):
     @classmethod
     def _switched_off(cls, data: dict[str, Any]) -> dict[str, Any]:
         optional = ("trainable_token_indices", "target_parameters", "rank_pattern", "alpha_pattern", *START_OF)
+        optional = (*optional, "alora_invocation_tokens", "layer_replication")
         # Settings of a start that was not used have done nothing.
         idle = [name for name, start in START_OF.items() if data.get("init_lora_weights") != start]
         return super()._switched_off({k: v for k, v in data.items() if not (k in idle or (k in optional and not v))})
@@ -186,6 +202,20 @@ class LoraConfig(TargetedConfig):
     def _known_start(cls, value: bool | str) -> bool | str:
         if isinstance(value, str) and value not in STARTS and not NITER.fullmatch(value):
             raise ValueError(f"True, False, or one of {', '.join(STARTS)}")
+        return value
+
+    @field_validator("qalora_group_size")
+    @classmethod
+    def _positive_group(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError("a positive integer")
+        return value
+
+    @field_validator("alora_invocation_tokens", "layer_replication")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value is not None and not value:
+            raise ValueError("an empty list says nothing; leave the field out")
         return value
 
     @field_validator("rank_pattern")
@@ -244,6 +274,16 @@ class LoraConfig(TargetedConfig):
             raise ValueError("lora_bias goes with init_lora_weights=True or False only")
         if self.use_dora and self.init_lora_weights == "mica":
             raise ValueError("init_lora_weights='mica' and use_dora exclude each other: no reader has the two together")
+        chosen = [name for name in VARIANTS if getattr(self, name)]
+        for name in ("use_dora", "lora_bias", "target_parameters", "ensure_weight_tying"):
+            if chosen and getattr(self, name):
+                raise ValueError(f"{chosen[0]} and {name} exclude each other")
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other")
+        if self.use_qalora and is_anchored(self.init_lora_weights):
+            raise ValueError(
+                f"use_qalora has no start {self.init_lora_weights!r}: its A does not read the layer's inputs"
+            )
         if self.target_parameters:
             for name in ("lora_dropout", "use_dora", "lora_bias"):
                 if getattr(self, name):

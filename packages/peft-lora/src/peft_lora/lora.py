@@ -20,10 +20,10 @@ from peft_core.layers import (
     SiteRequest,
     is_conv1d,
 )
-from peft_core.records import AdapterState
-from peft_core.tree import walk
+from peft_core.records import AdapterState, Structure
 
 from . import starts
+from .alora import ActivatedLora
 from .attention import LoraAttention
 from .biases import own_bias
 from .combining.combination import peft_combine
@@ -34,6 +34,8 @@ from .embedding import LoraEmbedding, TiedEmbedding, TiedLinear
 from .linear import LoraLinear
 from .lowrank import LowRank
 from .parameters import LoraParameter
+from .qalora import QaLora
+from .replication import replicated
 from .selection import BIAS, FORM, PARAMETER, ROWS, TIED_ROWS, extra_sites
 from .settings import Patterns, Settings, check_file
 from .tokens import own_rows, tied_rows
@@ -56,12 +58,10 @@ def peft_config() -> type[LoraConfig]:
 
 
 @hookimpl
-def peft_resolve(config: LoraConfig, model: nn.Module, matched: Sequence[str]) -> LoraConfig | None:
+def peft_resolve(config: LoraConfig, matched: Mapping[str, nn.Module]) -> LoraConfig | None:
     """Other readers go by `fan_in_fan_out`: say there how the matched layers store their weights."""
-    modules = dict(walk(model).modules)
-    found = [(path, modules[path]) for path in matched]
-    transposed = any(is_conv1d(module) for _, module in found)
-    linear = [(path, module) for path, module in found if isinstance(module, nn.Linear)]
+    transposed = any(is_conv1d(module) for module in matched.values())
+    linear = [(path, module) for path, module in matched.items() if isinstance(module, nn.Linear)]
     if config.fan_in_fan_out and linear and not transposed:
         path, module = linear[0]
         warnings.warn(
@@ -75,8 +75,13 @@ def peft_resolve(config: LoraConfig, model: nn.Module, matched: Sequence[str]) -
 
 
 @hookimpl
-def peft_sites(config: LoraConfig, model: nn.Module, matched: Sequence[str]) -> list[SiteRequest]:
-    return extra_sites(config, model, matched)
+def peft_structure(config: LoraConfig, model: nn.Module) -> Structure | None:
+    return None if config.layer_replication is None else replicated(model, config.layer_replication)
+
+
+@hookimpl
+def peft_sites(config: LoraConfig, model: nn.Module, matched: Mapping[str, nn.Module]) -> list[SiteRequest]:
+    return extra_sites(config, model, tuple(matched))
 
 
 @hookimpl
@@ -157,7 +162,7 @@ def peft_build(
     else:
         check_file(layer, tensors, key, settings.r)
     adapter = _build(config, layer, settings, loading=tensors is not None)
-    low_rank = adapter.lora if isinstance(adapter, Dora) else adapter
+    low_rank = adapter.lora if isinstance(adapter, (Dora, ActivatedLora)) else adapter
     if isinstance(low_rank, LowRank):
         low_rank.unanchored = unanchored
     if settings.init == "mica":
@@ -179,6 +184,9 @@ _KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lor
 
 
 def _build(config: LoraConfig, layer: BaseLayer, settings: Settings, loading: bool) -> Adapter:
+    if layer.kind != "linear" and (config.use_qalora or config.alora_invocation_tokens):
+        name = "use_qalora" if config.use_qalora else "alora_invocation_tokens"
+        raise layer.refuse(f"{name} is for linear layers; exclude it")
     if isinstance(layer, AttentionLayer):
         if config.use_dora:
             raise layer.refuse("use_dora is for linear layers, convolutions and embeddings; exclude it")
@@ -195,8 +203,12 @@ def _build(config: LoraConfig, layer: BaseLayer, settings: Settings, loading: bo
         lora = LoraEmbedding(layer, settings)
     elif isinstance(layer, ConvLayer):
         lora = LoraConv(layer, settings)
+    elif config.use_qalora:
+        return QaLora(layer, settings, config.qalora_group_size)
     elif layer.kind == "linear":
         lora = LoraLinear(layer, settings)
+        if config.alora_invocation_tokens:
+            return ActivatedLora(layer, lora, config.alora_invocation_tokens)
     else:
         raise layer.refuse(
             "LoRA adapts linear layers, convolutions, embeddings and nn.MultiheadAttention; name single parameters of "

@@ -142,7 +142,7 @@ def _adapters(model: Any) -> Iterator[nn.Module]:
     if not isinstance(model, PeftModel):
         raise PeftError("this model has no adapters; make one with get_peft_model(model, config)")
     for name in model.active_adapters:
-        for adapter in model._peft.adapters[name].adapters:
+        for adapter in model.get_adapters(name).values():
             yield from adapter.modules()
 
 

@@ -34,6 +34,7 @@ from peft_core import (
     TargetError,
     as_compute,
     backbone_sites,
+    base_modules,
     get_layer_status,
     hookimpl,
 )
@@ -302,8 +303,7 @@ def xlora_controls(model: Any, adapter_name: str | None = None) -> Controller:
     chosen = adapter_name or (next(iter(found)) if len(found) == 1 else None)
     if chosen not in found:
         raise PeftError(f"no X-LoRA adapter {chosen!r} on this model; it has {list(found) or 'none'}")
-    adapters = model._peft.adapters[chosen].adapters
-    return next(adapter for adapter in adapters if isinstance(adapter, Controller))
+    return next(adapter for adapter in model.get_adapters(chosen).values() if isinstance(adapter, Controller))
 
 
 # ---- hooks
@@ -336,8 +336,7 @@ def peft_sites(config: XLoraConfig, model: nn.Module) -> list[SiteRequest]:
     adapted = {
         status.name for status in get_layer_status(model) if set(config.refers_to()) & set(status.available_adapters)
     }
-    order = [path.replace(".base_layer", "") for path, _ in model.named_modules()]
-    places = [path for path in dict.fromkeys(order) if path in adapted]
+    places = [path for path in base_modules(model) if path in adapted]
     requests = [SiteRequest(backbones[0].path, part=CONTROLLER)]
     return requests + [SiteRequest(path, meta={"index": index}) for index, path in enumerate(places)]
 
