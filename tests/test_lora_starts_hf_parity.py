@@ -69,9 +69,9 @@ def logits(model: nn.Module) -> Tensor:
     return out
 
 
-def close(one: Tensor, other: Tensor, tolerance: float = 2e-5) -> None:
-    """float32: W is subtracted from and added to in another order, at weights up to 4 and over two layers."""
-    assert (one - other).abs().max() <= tolerance * other.abs().max()
+def close(one: Tensor, other: Tensor) -> None:
+    """float32, relative to the largest value: some hundred additions, and W - sB0A0 + sBA in another order."""
+    assert (one - other).abs().max() <= 3e-6 * other.abs().max()
 
 
 def factors(model: Any) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def test_the_start_is_theirs(name: str) -> None:
     model, other = mine(name), theirs(name)
     assert torch.equal(logits(model), logits(make(CASES[name][0])))
     close(logits(other), logits(model))
-    same_up_to_sign(factors(model), factors(other), 2e-4)
+    same_up_to_sign(factors(model), factors(other), 2e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,9 +121,9 @@ def test_training_goes_the_same_way(name: str) -> None:
     model, other = mine(name), theirs(name)
     ours, their = train(model), train(other)
     assert ours[-1] != ours[0]
-    # Rounding of the first steps grows with the later ones.
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(their), rtol=2e-5, atol=0)
-    close(logits(model), logits(other), 2e-4)
+    # A dozen units of float32.
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(their), rtol=1e-6, atol=0)
+    close(logits(model), logits(other))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -155,7 +155,7 @@ def test_theirs_is_read_here(name: str, tmp_path: Path) -> None:
     close(logits(model), logits(other))
     same_up_to_sign(factors(model), factors(other), 0)
     # It goes on where it was, and what is written next has everything in it.
-    torch.testing.assert_close(torch.tensor(train(model)), torch.tensor(train(other)), rtol=2e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(train(model)), torch.tensor(train(other)), rtol=1e-6, atol=0)
     model.save_pretrained(tmp_path / "mine")
     again = PeftModel.from_pretrained(make(CASES[name][0]), tmp_path / "mine")
     assert torch.equal(logits(again), logits(model))
@@ -226,8 +226,8 @@ def test_corda(method: str) -> None:
         other = hf.get_peft_model(base, config).eval()
     assert torch.equal(logits(model), logits(make("llama")))
     # Both in float32, through an inverse: of a condition of some hundreds.
-    same_up_to_sign(factors(model), factors(other), 5e-3)
-    torch.testing.assert_close(torch.tensor(train(model)), torch.tensor(train(other)), rtol=1e-4, atol=0)
+    same_up_to_sign(factors(model), factors(other), 5e-4)
+    torch.testing.assert_close(torch.tensor(train(model)), torch.tensor(train(other)), rtol=1e-6, atol=0)
 
 
 def test_eva(tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_eva(tmp_path: Path) -> None:
     ours, their = model.peft_config["default"], other.peft_config["default"]
     assert ours.rank_pattern == their.rank_pattern and ours.alpha_pattern == their.alpha_pattern
     assert set(ours.target_modules) == set(their.target_modules)
-    same_up_to_sign(factors(model), factors(other), 1e-3)
-    torch.testing.assert_close(torch.tensor(train(model)), torch.tensor(train(other)), rtol=2e-5, atol=0)
+    same_up_to_sign(factors(model), factors(other), 1e-5)
+    torch.testing.assert_close(torch.tensor(train(model)), torch.tensor(train(other)), rtol=1e-6, atol=0)
     # Files, both ways.
     model.save_pretrained(tmp_path / "mine")
     with oracle():

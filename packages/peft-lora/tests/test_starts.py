@@ -141,6 +141,20 @@ def test_the_model_starts_as_the_base_bit_for_bit(start: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("start", STARTS)
+def test_adapters_in_half_precision_start_as_the_base_too(start: str, tmp_path: Path) -> None:
+    """The factors are rounded first; what is subtracted is what was rounded."""
+    base, calibration = net(torch.bfloat16), BATCHES if start in FROM_DATA else None
+    model = get_peft_model(base, config(start), calibration=calibration, autocast_adapter_dtype=False).eval()
+    assert lora(model, "down").a.dtype == torch.bfloat16
+    assert torch.equal(out(model), out(net(torch.bfloat16)))
+    move(model)
+    expected = out(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(net(torch.bfloat16), tmp_path, autocast_adapter_dtype=False)
+    assert torch.equal(out(loaded), expected)
+
+
+@pytest.mark.parametrize("start", STARTS)
 def test_the_base_is_never_written(start: str) -> None:
     base = net()
     before = weights(base)
@@ -414,3 +428,27 @@ def test_a_draft_with_a_start_leaves_the_model_alone() -> None:
     before = weights(base)
     checked_draft(base, "default", config("pissa"), True, None)
     assert all(torch.equal(value, before[name]) for name, value in weights(base).items())
+
+
+# ---- with the rest of the package
+
+
+def test_combined_with_others_by_what_it_adds() -> None:
+    """A sum of deltas counts the subtracted start, exactly (cat) and by decomposition (svd)."""
+    model = get_peft_model(net(torch.float64), config("pissa"), "one")
+    model.add_adapter("other", config("olora"))
+    for name in ("one", "other"):
+        model.set_adapter(name)
+        move(model, seed=len(name))
+    wanted = {}
+    for path in TARGETS:
+        pairs = [lora(model, path, name).factors() for name in ("one", "other")]
+        wanted[path] = 0.7 * S * pairs[0][1] @ pairs[0][0] - 0.4 * S * pairs[1][1] @ pairs[1][0]
+    for way in ("cat", "svd"):
+        model.add_weighted_adapter(
+            ["one", "other"], [0.7, -0.4], way, combination_type=way, **({"svd_rank": 12} if way == "svd" else {})
+        )
+        for path in TARGETS:
+            found = lora(model, path, way)
+            assert found.anchor is None
+            torch.testing.assert_close(found.weight_delta(), wanted[path], rtol=1e-9, atol=1e-12)

@@ -377,3 +377,19 @@ def test_settings_are_objects_or_mappings() -> None:
     for fields in ({"rho": 0.5}, {"tau": 1.5}, {"unknown": 1}, {"rho": "2"}):
         with pytest.raises(ConfigError, match=next(iter(fields))):
             EvaConfig(**fields)
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
+def test_a_weight_that_is_stored_the_other_way_round(start: str) -> None:
+    """transformers' `Conv1D` holds (in, out): its start is that of the linear layer that computes the same."""
+    from transformers.pytorch_utils import Conv1D
+
+    plain, turned = net(torch.float64), net(torch.float64)
+    stored = Conv1D(16, 12).double()
+    stored.weight.data.copy_(plain.block.up.weight.t())
+    stored.bias.data.copy_(plain.block.up.bias)
+    turned.block.up = stored  # type: ignore[assignment]
+    models = [adapted(start, base, target_modules=["block.up"]) for base in (plain, turned)]
+    one, other = (lora(model, "block.up").factors() for model in models)
+    for mine, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(mine.abs(), theirs.abs(), rtol=1e-6, atol=1e-8)
