@@ -165,31 +165,54 @@ def test_the_training_ends_with_the_budget() -> None:
     assert not torch.equal(tensors(model)["up.lora_A"], before["up.lora_A"])
 
 
-def test_the_cut_changes_no_output_and_no_later_step() -> None:
-    """An optimizer's state is cut with the tensors: a step after it is that of the uncut tensors."""
-    model, whole = adapted(orth_reg_weight=0.0), adapted(orth_reg_weight=0.0, total_step=11, tfinal=1)
-    for one in (model, whole):
-        optimizer = optimizer_of(one)
-        drive(one, optimizer)
-        train(one, optimizer, range(9))
-    for one in (model, whole):
-        assert tensors(one)["up.lora_A"].shape == (4, 6)
-    model = adapted(orth_reg_weight=0.0)
+def test_the_cut_changes_no_output() -> None:
+    model = adapted()
     optimizer = optimizer_of(model)
     drive(model, optimizer)
     train(model, optimizer, range(9))
-    copied = copy.deepcopy(model)
     with torch.no_grad():
-        expected = copied.eval()(inputs(50))["out"]
-    kept = prune_ranks(copied)
-    assert kept == ranks(model) and min(kept.values()) < 4
+        expected = model.eval()(inputs(50))["out"]
+    before = ranks(model)
+    assert prune_ranks(model) == before and min(before.values()) < 4
     with torch.no_grad():
-        torch.testing.assert_close(copied(inputs(50))["out"], expected, rtol=1e-12, atol=1e-12)
-    train(model, optimizer, range(9, 10))
-    for state in optimizer.state.values():
-        assert {tuple(v.shape) for v in state.values() if v.dim()} <= {
-            tuple(p.shape) for group in optimizer.param_groups for p in group["params"]
-        }
+        torch.testing.assert_close(model(inputs(50))["out"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_steps_after_the_cut_are_those_of_the_uncut_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer's state is cut with the tensors; without the cut, what is pruned stays so."""
+    found = []
+    for cut in (True, False):
+        monkeypatch.setattr("peft_lora.adalora.allocation._replicated", lambda cut=cut: not cut)
+        model = adapted(orth_reg_weight=0.0)  # that term would let the pruned rows act on the others
+        optimizer = optimizer_of(model)
+        drive(model, optimizer)
+        train(model, optimizer, range(13))
+        assert tensors(model)["up.lora_A"].shape == ((ranks(model)["up"], 6) if cut else (4, 6))
+        prune_ranks(model)
+        found.append(tensors(model))
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][key], rtol=1e-9, atol=1e-12)
+
+
+def test_replicas_are_not_cut_until_someone_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several processes, gradients are expected in the sizes that they began with."""
+    monkeypatch.setattr("peft_lora.adalora.allocation._replicated", lambda: True)
+    model, alone = adapted(), adapted()
+    optimizer = optimizer_of(model)
+    drive(model, optimizer)
+    train(model, optimizer, range(10))
+    assert model.peft_config["default"].rank_pattern is None
+    found = tensors(model)
+    assert found["up.lora_A"].shape == (4, 6) and sum(ranks(model).values()) == 4
+    assert not [key for key in found if "sensitivity" in key]
+    kept = prune_ranks(model, optimizer=optimizer)
+    monkeypatch.undo()
+    optimizer = optimizer_of(alone)
+    drive(alone, optimizer)
+    train(alone, optimizer, range(10))
+    assert kept == ranks(alone)
+    assert model.peft_config["default"].rank_pattern == alone.peft_config["default"].rank_pattern
+    assert all(torch.equal(tensor, tensors(alone)[key]) for key, tensor in tensors(model).items())
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path) -> None:

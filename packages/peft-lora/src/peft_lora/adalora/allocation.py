@@ -72,6 +72,7 @@ class Allocation:
         self.driven = True
         assert config.total_step is not None
         if self.settled:
+            self._prune_again(adapters)  # where nothing was cut
             return None
         end, last = config.total_step - config.tfinal, step >= config.total_step - 1
         if step > end:
