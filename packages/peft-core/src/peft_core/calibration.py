@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,31 +57,62 @@ class Batches:
             for handle in handles:
                 handle.remove()
 
-    def gradients(self, layers: Sequence[BaseLayer]) -> Iterator[dict[str, Tensor]]:
+    def gradients(
+        self, layers: Sequence[BaseLayer], each: Callable[[str, Tensor], None] | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         """For each batch, the gradient of the model's loss for each layer's weight (out, in), by path.
+
+        With `each`, a gradient is handed over, with its path, as soon as the backward pass has it, and is let go then:
+        one is in memory at a time. What is yielded is empty.
 
         Raises `ConfigError` where the model's output has no loss.
         """
+        weights: dict[int, tuple[nn.Parameter, list[BaseLayer]]] = {}
+        for layer in layers:
+            weight = layer.module.get_parameter("weight")
+            weights.setdefault(id(weight), (weight, []))[1].append(layer)
+        found: dict[str, Tensor] = {}
+
+        def take(weight: Tensor) -> None:
+            gradient, weight.grad = weight.grad, None
+            assert gradient is not None
+            for layer in weights[id(weight)][1]:
+                value = gradient.t() if getattr(layer, "transposed", False) else gradient
+                if each is None:
+                    found[layer.path] = value
+                else:
+                    each(layer.path, value)
+
         for batch in self:
-            stored = {layer.path: layer.module.get_parameter("weight") for layer in layers}
-            flags = {path: weight.requires_grad for path, weight in stored.items()}
+            found.clear()
+            flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+            before = [(weight, weight.grad) for weight, _ in weights.values()]
+            handles = []
             try:
-                for weight in stored.values():
-                    weight.requires_grad_(True)
+                for parameter, _ in flags:
+                    parameter.requires_grad_(id(parameter) in weights)
+                for weight, _ in weights.values():
+                    weight.grad = None
+                    handles.append(weight.register_post_accumulate_grad_hook(take))
                 with torch.enable_grad():
-                    output = self.run(batch)
-                    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-                    if not isinstance(loss, Tensor):
-                        raise ConfigError(
-                            "calibration needs the model's loss, and its output has none; put labels into the batches"
-                        )
-                    found = torch.autograd.grad(loss, list(stored.values()), allow_unused=True)
+                    loss = _loss(self.run(batch))
+                    if loss.requires_grad:  # otherwise the batch reached none of the layers
+                        loss.backward()  # type: ignore[no-untyped-call]
             finally:
-                for path, weight in stored.items():
-                    weight.requires_grad_(flags[path])
-            gradients = {path: g for path, g in zip(stored, found, strict=True) if g is not None}
-            transposed = {layer.path for layer in layers if getattr(layer, "transposed", False)}
-            yield {path: g.t() if path in transposed else g for path, g in gradients.items()}
+                for handle in handles:
+                    handle.remove()
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+                for weight, gradient in before:
+                    weight.grad = gradient
+            yield dict(found)
+
+
+def _loss(output: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ConfigError("calibration needs the model's loss, and its output has none; put labels into the batches")
+    return loss
 
 
 def _keep_input(seen: dict[str, Tensor], path: str) -> Any:

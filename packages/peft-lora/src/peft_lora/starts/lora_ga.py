@@ -85,11 +85,13 @@ def _mean_gradients(layers: Sequence[BaseLayer], batches: Batches) -> dict[str, 
     """By path, in float32 or wider."""
     sums: dict[str, Tensor] = {}
     count = 0
-    for gradients in batches.gradients(layers):
+
+    def add(path: str, gradient: Tensor) -> None:
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        sums[path] = sums[path].add_(gradient) if path in sums else gradient.to(wide, copy=True)
+
+    for _ in batches.gradients(layers, each=add):
         count += 1
-        for path, gradient in gradients.items():
-            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            sums[path] = sums[path].add_(wide) if path in sums else wide.clone()
     for layer in layers:
         found = sums.get(layer.path)
         if found is None or not found.any():
