@@ -93,7 +93,7 @@ class Batches:
                     parameter.requires_grad_(id(parameter) in weights)
                 for weight, _ in weights.values():
                     weight.grad = None
-                    handles.append(weight.register_post_accumulate_grad_hook(take))
+                    handles.append(weight.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
                 with torch.enable_grad():
                     loss = _loss(self.run(batch))
                     if loss.requires_grad:  # otherwise the batch reached none of the layers
