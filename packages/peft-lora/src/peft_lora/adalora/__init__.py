@@ -98,7 +98,8 @@ def peft_step(
     own = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, AdaLora)}
     assert config.total_step is not None
     if event == "before":
-        if step > config.total_step - config.tfinal and config.rank_pattern is None:
+        final = allocation.settled or step > config.total_step - config.tfinal
+        if final and config.rank_pattern is None:
             allocation.note_pruned(own)
         return
     kept = allocation.act(config, own, step, optimizer)
