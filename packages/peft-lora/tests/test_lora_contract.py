@@ -1,51 +1,5 @@
 """LoRA and DoRA keep the contract of methods, on every kind of layer they adapt."""
 
-from __future__ import annotations
+from peft_lora.lora_contract import TestDora, TestLora, TestLoraBias, TestOrthogonalStart, TestRandomStart
 
-from typing import ClassVar
-
-from peft_core.testing import CASES, MethodContract
-from peft_lora import LoraConfig
-
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-LINEAR = ("linear",)
-# With groups the adapter reads all input channels: there is no kernel of the layer that does.
-GROUPED = tuple(name for name in CASES if "groups" in name or "depthwise" in name)
-
-
-class TestLora(MethodContract):
-    config = LoraConfig(r=8, lora_alpha=12)
-    layer_kinds = (*LINEAR, *CONVOLUTIONS, "attention", "embedding")
-    refused_cases = ("attention-wide-keys",)
-    unmergeable_cases = GROUPED
-
-
-class TestRandomStart(MethodContract):
-    config = LoraConfig(r=8, use_rslora=True, init_lora_weights=False)
-    layer_kinds = (*LINEAR, *CONVOLUTIONS, "attention", "embedding")
-    refused_cases = ("attention-wide-keys",)
-    unmergeable_cases = GROUPED
-
-
-class TestOrthogonalStart(MethodContract):
-    config = LoraConfig(r=8, init_lora_weights="orthogonal")
-    layer_kinds = (*LINEAR, "attention")
-    refused_cases = ("attention-wide-keys",)
-
-
-class TestDora(MethodContract):
-    config = LoraConfig(r=4, use_dora=True)
-    layer_kinds = (*LINEAR, *CONVOLUTIONS, "embedding")
-    refused_cases = GROUPED
-    exact_gradients = False  # the paper holds the norm constant in the backward pass
-
-
-class TestLoraBias(MethodContract):
-    config: ClassVar[LoraConfig] = LoraConfig(r=8, lora_bias=True)
-    layer_kinds = (*LINEAR, *CONVOLUTIONS, "attention")
-    refused_cases = ("attention-wide-keys", "attention-no-bias")
-    unmergeable_cases = (*GROUPED, *(name for name in CASES if name.endswith("no-bias")))
-
-    def configure(self, targets: list[str]) -> LoraConfig:
-        # Without the one layer of the suite's model that has no bias to merge into.
-        return self.config.resolve(target_modules=[name for name in targets if not name.endswith(".down")])
+__all__ = ["TestDora", "TestLora", "TestLoraBias", "TestOrthogonalStart", "TestRandomStart"]
