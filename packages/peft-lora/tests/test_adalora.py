@@ -249,6 +249,23 @@ def test_a_training_that_nobody_drives_says_so() -> None:
         adapted().train()(inputs())
 
 
+def test_a_compiled_training_prunes_the_same() -> None:
+    plain, compiled = adapted(), adapted()
+    for model in (plain, compiled):
+        optimizer = optimizer_of(model)
+        drive(model, optimizer)
+        call = model.train()
+        if model is compiled:
+            call = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for step in range(10):
+            call(inputs(step))["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert compiled.peft_config["default"].rank_pattern == plain.peft_config["default"].rank_pattern
+    for key, tensor in tensors(plain).items():
+        torch.testing.assert_close(tensors(compiled)[key], tensor, rtol=1e-9, atol=1e-12)
+
+
 def test_forwards_without_steps_are_no_training() -> None:
     model = adapted().train()
     for step in range(4):
