@@ -23,6 +23,7 @@ from peft_lora.config import LoraConfig
 from peft_lora.settings import Patterns, Settings
 from peft_lora.start_configs import EvaConfig
 
+from . import truncated
 from .inputs import PerInput, rows
 
 
@@ -51,12 +52,11 @@ class Pca:
             stack = [self.values.unsqueeze(1) * self.components, centred, math.sqrt(share) * shift.unsqueeze(0)]
             total = self.total + total + share * shift.square().sum()
             mean = (self.count * self.mean + n * mean) / (self.count + n)
-        _, values, components = torch.linalg.svd(torch.cat(stack), full_matrices=False)
-        k = min(self.k, len(values))
-        if self.count and len(self.values) == k == self.k:
-            cosines = (components[:k] * self.components).sum(1).abs()
+        _, values, components = truncated.svd(torch.cat(stack), self.k)
+        if self.count and len(self.values) == len(values) == self.k:
+            cosines = (components * self.components).sum(1).abs()
             self.settled = bool((cosines >= self.tau).all())
-        self.values, self.components = values[:k], components[:k]
+        self.values, self.components = values, components
         self.mean, self.total, self.count = mean, total, self.count + n
 
     @property

@@ -20,6 +20,7 @@ from peft_lora.config import LoraConfig
 from peft_lora.settings import Patterns
 from peft_lora.start_configs import LoraGAConfig
 
+from . import truncated
 from .weight import anchored, matrix
 
 
@@ -60,7 +61,7 @@ def factors(
     The scales: "stable" as in theorem 3.2; "unit" leaves singular vectors as they are; "gd_scale" divides both by s;
     "weight_svd" gives them the mean root of the weight's first r singular values over s.
     """
-    u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
+    u, _, vh = truncated.svd(gradient, 2 * r)
     if ga.direction == "ArBr":
         b, a = u[:, 0 : 2 * r : 2], vh[1 : 2 * r : 2]
     elif ga.direction == "A2rBr":
@@ -77,7 +78,7 @@ def factors(
         length = 1 / abs(scaling)
     elif ga.scale == "weight_svd":
         assert weight is not None
-        length = float((torch.linalg.svdvals(weight)[:r] / abs(scaling)).sqrt().mean())
+        length = float((truncated.svd(weight, r)[1] / abs(scaling)).sqrt().mean())
     return a * length, b * length
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Halko, Martinsson and Tropp 2011, section 4.2: a few directions more than wanted make the wanted ones sharp.
-OVERSAMPLING = 10
+from . import truncated
 
 
 def factors(weight: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor]:
@@ -23,8 +22,7 @@ def factors(weight: Tensor, r: int, scaling: float, niter: int | None = None) ->
     if niter is None:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     else:
-        u, s, v = torch.svd_lowrank(weight, q=min(r + OVERSAMPLING, *weight.shape), niter=niter)
-        vh = v.t()
+        u, s, vh = truncated.randomised(weight, r, niter)
     return split(u[:, :r], s[:r], vh[:r], scaling)
 
 
