@@ -312,6 +312,11 @@ class StartsSomewhere(LowRank):
         nn.init.normal_(self.up)
 
 
+class StartsNowhere(LowRank):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.down)
+
+
 class TakesAnyLayer(LowRank):
     def __init__(self, layer: BaseLayer, config: ToyConfig) -> None:
         Adapter.__init__(self, layer)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_core.adapter_file import all_finite
 from peft_core.errors import RequestError
 from peft_core.routing import BASE
 from peft_core.site import Site
 
 from .checks import check, gap, refused, same
 from .models import token_ids
-from .setup import Setup, record, state, tensors, weights
+from .setup import Setup, record, state, tensors, uninitialised_is_nan, weights
 
 
 class Behaviour(Setup):
@@ -32,6 +33,25 @@ class Behaviour(Setup):
                 f"outputs differ by {difference:.2g} of the largest value",
                 "Adapter.reset_parameters (start values); or set `starts_as_base = False` on the adapter's class",
             )
+
+    def test_every_tensor_gets_a_start(self) -> None:
+        """No tensor of a new adapter is left as it was allocated, with whatever the memory held."""
+        with uninitialised_is_nan():
+            model = self.adapted(random=False)
+        owner = record(model, "a")
+        left = [
+            f"{request.path or 'the model'}.{slot}"
+            for request, adapter in zip(owner.requests, owner.adapters, strict=True)
+            for slot, tensor in adapter.state().items()
+            if not all_finite(tensor)
+        ]
+        left += [f"shared.{name}" for name, tensor in owner.shared.state_dict().items() if not all_finite(tensor)]
+        check(
+            not left,
+            "every tensor of a new adapter has a starting value",
+            f"left as allocated, or not finite: {left}",
+            "Adapter.reset_parameters: `layer.parameter(...)` is memory without values; peft_prepare for shared ones",
+        )
 
     def test_active_adapter_changes_the_output(self) -> None:
         """An adapter with trained values acts."""

@@ -17,13 +17,11 @@ from peft_core.adapter import Adapter
 from peft_core.errors import TargetError
 from peft_core.hookspecs import hookimpl
 from peft_core.layers import BaseLayer, ConvLayer, is_conv1d
-from peft_core.records import state_of
-from peft_core.tree import walk
 from peft_lora.settings import check_file
 
 from .allocation import Allocation
 from .config import AdaLoraConfig
-from .history import write_pattern
+from .history import with_pattern
 from .layers import AdaLora
 
 __all__ = ["AdaLora", "AdaLoraConfig"]
@@ -35,11 +33,10 @@ def peft_config() -> type[AdaLoraConfig]:
 
 
 @hookimpl
-def peft_resolve(config: AdaLoraConfig, model: nn.Module, matched: Sequence[str]) -> AdaLoraConfig | None:
+def peft_resolve(config: AdaLoraConfig, matched: Mapping[str, nn.Module]) -> AdaLoraConfig | None:
     """Other readers go by `fan_in_fan_out`: say there how the matched layers store their weights."""
-    modules = dict(walk(model).modules)
-    transposed = any(is_conv1d(modules[path]) for path in matched)
-    linear = [path for path in matched if isinstance(modules[path], nn.Linear)]
+    transposed = any(is_conv1d(module) for module in matched.values())
+    linear = [path for path, module in matched.items() if isinstance(module, nn.Linear)]
     if config.fan_in_fan_out and linear and not transposed:
         warnings.warn(
             f"fan_in_fan_out=True, but {linear[0]} stores its weight as (out, in). How a layer stores its weight is "
@@ -84,15 +81,13 @@ def peft_build(
 
 @hookimpl
 def peft_step(
-    model: nn.Module,
-    name: str,
     config: AdaLoraConfig,
     adapters: Mapping[str, Adapter],
     shared: nn.Module,
     event: str,
     step: int,
     optimizer: torch.optim.Optimizer,
-) -> None:
+) -> AdaLoraConfig | None:
     """Importance from the gradients, pruning after the update: where HF PEFT's loops call `update_and_allocate`."""
     allocation: Any = shared.__dict__["allocation"]
     own = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, AdaLora)}
@@ -101,8 +96,6 @@ def peft_step(
         final = allocation.settled or step > config.total_step - config.tfinal
         if final and config.rank_pattern is None:
             allocation.note_pruned(own)
-        return
+        return None
     kept = allocation.act(config, own, step, optimizer)
-    state = state_of(model)
-    if kept is not None and state is not None:
-        write_pattern(state.record(name), kept)
+    return None if kept is None else with_pattern(config, kept)

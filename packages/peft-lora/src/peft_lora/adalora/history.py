@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,14 +77,15 @@ def prune_ranks(
     for adapter in adapters.values():
         adapter.forget()
     if record.config.rank_pattern is None:  # type: ignore[attr-defined]
-        write_pattern(record, settle(adapters, optimizer))
+        record.config = with_pattern(record.config, settle(adapters, optimizer))  # type: ignore[arg-type]
     allocation.settled = True
     return {path: adapter.lora_E.shape[0] for path, adapter in adapters.items()}
 
 
-def write_pattern(record: AdapterRecord, kept: dict[str, tuple[bool, ...]]) -> None:
-    """Let the adapter's config say which rows of the first `init_r` its layers have."""
-    record.config = record.config.resolve(rank_pattern={f"{path}.lora_E": rows for path, rows in kept.items()})
+def with_pattern(config: AdaLoraConfig, kept: Mapping[str, tuple[bool, ...]]) -> AdaLoraConfig:
+    """The config that says which rows of the first `init_r` the layers have."""
+    resolved: AdaLoraConfig = config.resolve(rank_pattern={f"{path}.lora_E": rows for path, rows in kept.items()})
+    return resolved
 
 
 def adapters_of(record: AdapterRecord) -> dict[str, AdaLora]:
