@@ -130,10 +130,14 @@ class AdaptedAttention(Adapter):
         names = parameter_names(type(module).forward)
         self._cache = cache_argument(names)
         self._mask = next((name for name in MASK_NAMES if name in names), "")
-        if not self._cache or not self._mask or "position_bias" in names or not is_causal(module):
+        if not is_causal(module):
+            raise layer.refuse("its positions see those after them too, and this method is for decoders")
+        if "position_bias" in names:
+            raise layer.refuse("it adds biases by position to the scores, and a prompt has no position")
+        if not self._cache or not self._mask:
             raise layer.refuse(
-                "keys and values of prompts reach a decoder's attention in the place of cached ones, with a mask of "
-                f"their own; this module is none that allows it (its forward takes {list(names)})"
+                "keys and values of prompts are put where an attention module expects cached ones, with a mask of "
+                f"their own; this one's forward takes {list(names)}"
             )
         self._names = names
         meta = layer.request.meta
@@ -237,9 +241,7 @@ class AdaptedAttention(Adapter):
         if self._by_position:  # each position is then a row of its own, which sees all that there is
             hidden = hidden.flatten(0, 1)[:, None]
             keys, values, mask = (t.repeat_interleave(length, 0) for t in (keys, values, mask))
-            found = self._run(given, hidden, _Cache(keys, values), mask, positions).unflatten(0, (rows, length))[
-                :, :, 0
-            ]
+            found = self._run(given, hidden, _Cache(keys, values), mask, positions).view(rows, length, -1)
         else:
             mask = mask.expand(-1, -1, length, -1)
             found = self._run(given, hidden, _Cache(keys, values), mask, positions)
