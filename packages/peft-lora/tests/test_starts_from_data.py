@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peft_core import PeftModel, get_peft_model
 from peft_core.errors import ConfigError, TargetError
 from peft_lora import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig
+from peft_lora.starts.corda import Covariance
 from peft_lora.starts.eva import Pca
 
 S = 4 / 3
@@ -393,3 +394,39 @@ def test_a_weight_that_is_stored_the_other_way_round(start: str) -> None:
     one, other = (lora(model, "block.up").factors() for model in models)
     for mine, theirs in zip(one, other, strict=True):
         torch.testing.assert_close(mine.abs(), theirs.abs(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("start", ["eva", "corda"])
+def test_what_several_layers_read_is_looked_at_once(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what has settled is not looked at again, while another layer's input has not."""
+    kind = Pca if start == "eva" else Covariance
+    seen: list[int] = []
+    update = kind.update
+
+    def counted(self: Any, x: Tensor) -> None:
+        seen.append(id(self))
+        update(self, x)
+
+    monkeypatch.setattr(kind, "update", counted)
+
+    class Two(nn.Module):
+        """Queries and keys of one input, and a layer with an input of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.own = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.q(x) + self.k(x) + self.own(y)
+
+    random = torch.randn(6, 20, 6, generator=torch.Generator().manual_seed(0))
+    calm = random[0] * torch.tensor([9.0, 5.0, 1e-2, 1e-2, 1e-2, 1e-2])
+    batches = [{"x": calm, "y": y} for y in random[1:]]
+    eva = {"eva_config": {"tau": 0.9999, "rho": 1.0}} if start == "eva" else {}
+    config = LoraConfig(r=2, target_modules=["q", "k", "own"], init_lora_weights=start, **eva)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model = get_peft_model(Two(), config, calibration=batches)
+    calls = sorted(seen.count(one) for one in set(seen))
+    assert calls == ([2, 5] if start == "eva" else [5, 5])
+    assert torch.equal(lora(model, "q").a, lora(model, "k").a) == (start == "eva")

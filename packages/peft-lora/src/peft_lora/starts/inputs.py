@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -25,9 +25,11 @@ class PerInput(Generic[T]):
 
     def groups(self, seen: Mapping[str, Tensor]) -> list[tuple[T, Tensor]]:
         """The gatherers that one batch concerns, each with its input. `seen` is by path."""
-        by_tensor: dict[int, list[str]] = {}
+        by_tensor: dict[Any, list[str]] = {}
         for path, tensor in seen.items():
-            by_tensor.setdefault(id(tensor), []).append(path)
+            # All of them are alive, so that a place in memory is that of one tensor.
+            key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+            by_tensor.setdefault(key, []).append(path)
         now = [tuple(paths) for paths in by_tensor.values()]
         if self._groups is None:
             self._groups = now

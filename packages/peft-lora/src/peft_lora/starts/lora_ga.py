@@ -43,7 +43,7 @@ def calibrate(config: LoraConfig, layers: Sequence[BaseLayer], batches: Batches)
             raise layer.refuse(
                 f"init_lora_weights='lora_ga' takes 2r = {2 * r} directions, and it has {smaller}; lower r"
             )
-    gradients = _mean_gradients(layers, batches)
+    gradients = _gradients(layers, batches)
     tensors = {}
     for layer in layers:
         settings = patterns.settings(layer.path)
@@ -82,8 +82,8 @@ def factors(
     return a * length, b * length
 
 
-def _mean_gradients(layers: Sequence[BaseLayer], batches: Batches) -> dict[str, Tensor]:
-    """By path, in float32 or wider."""
+def _gradients(layers: Sequence[BaseLayer], batches: Batches) -> dict[str, Tensor]:
+    """The sum over the batches by path, in float32 or wider: it has the mean's directions."""
     sums: dict[str, Tensor] = {}
     count = 0
 
@@ -104,4 +104,4 @@ def _mean_gradients(layers: Sequence[BaseLayer], batches: Batches) -> dict[str, 
             raise ConfigError(f"{layer.path}: {why}, and init_lora_weights='lora_ga' starts from gradients")
         if not torch.isfinite(found).all():
             raise ConfigError(f"{layer.path}: the gradient of the batches' loss holds NaN or infinity")
-    return {path: total / count for path, total in sums.items()}
+    return sums
