@@ -60,8 +60,9 @@ def combine(
             method, "peft_combine", model=model, name=name, sources=sources, how=how, config=config, options=options
         )
     if found is None:
+        by = f" by {how!r}" if how else ""
         raise CombineError(
-            f"adapters {list(names)} cannot be combined by {how!r}: the {method.label} does not know how. Activate "
+            f"adapters {list(names)} cannot be combined{by}: the {method.label} does not know how. Activate "
             "them together (set_adapter), merge them one after the other, or give the config of a method that combines"
         )
     return checked_draft(model, name, found.config, True, None, start=found), found.report

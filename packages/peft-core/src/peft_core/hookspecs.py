@@ -136,7 +136,8 @@ class MethodSpecs:
     ) -> AdapterState | None:
         """Return the config and the tensors of an adapter made of `sources`; None for an unknown `how`.
 
-        `config` is the new adapter's where the user gave one. Raise a `CombineError` where these adapters do not fit.
+        An empty `how` is your usual one. `config` is the new adapter's where the user gave one. Raise a `CombineError`
+        where these adapters do not fit.
         """
 
     @hookspec(firstresult=True)

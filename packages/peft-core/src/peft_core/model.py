@@ -193,7 +193,7 @@ class PeftModel(Mergeable, Saveable):
         adapters: Sequence[str],
         weights: Sequence[float],
         adapter_name: str,
-        combination_type: str = "svd",
+        combination_type: str = "",
         *,
         config: AdapterConfig | None = None,
         **options: Any,
@@ -201,8 +201,8 @@ class PeftModel(Mergeable, Saveable):
         """Add an adapter that is made of others, with its own tensors; the sources stay as they are.
 
         Returns what the method reports, by site (how far an approximation is off, say). The method of the first source
-        (or of `config`, the new adapter's, where it is given) knows what `combination_type` and `options` mean. The new
-        adapter is trainable, and not activated.
+        (or of `config`, the new adapter's, where it is given) knows what `combination_type` and `options` mean,
+        and has a way of its own where none is named. The new adapter is trainable, and not activated.
 
         Raises `CombineError` where the adapters cannot be combined so, with nothing changed.
         """

@@ -16,16 +16,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeGuard
 
+import torch
 from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
 from peft_core.adapter import Adapter, as_compute
 from peft_core.architectures import model_type_of, role_names
-from peft_core.config import Names, TargetedConfig
-from peft_core.errors import TargetError
+from peft_core.combining import CombineSource
+from peft_core.config import AdapterConfig, Names, TargetedConfig
+from peft_core.errors import CombineError, TargetError
 from peft_core.hookspecs import hookimpl
 from peft_core.layers import BaseLayer, ConvLayer, LinearLayer, Params
 from peft_core.patterns import NameMatcher
+from peft_core.records import AdapterState
 from peft_core.site import Link
 
 
@@ -84,7 +87,7 @@ def peft_config() -> type[IA3Config]:
 
 
 @hookimpl
-def peft_resolve(config: IA3Config, model: nn.Module, matched: Sequence[str]) -> IA3Config | None:
+def peft_resolve(config: IA3Config, model: nn.Module, matched: Mapping[str, nn.Module]) -> IA3Config | None:
     """Without `feedforward_modules`: the down projections among the targets, in the targets' own words if
     possible."""
     if config.feedforward_modules is not None:
@@ -117,6 +120,36 @@ def peft_prepare(config: IA3Config, layers: Sequence[BaseLayer], trusted: bool) 
     names.matches(*(layer.path for layer in layers))
     if trusted and names.unmatched():
         raise TargetError(f"feedforward_modules: {names.unmatched()} match none of the targeted modules")
+
+
+@hookimpl
+def peft_combine(
+    sources: Sequence[CombineSource], how: str, config: AdapterConfig | None, options: Mapping[str, Any]
+) -> AdapterState | None:
+    """Σ wᵢ lᵢ, as HF PEFT has it; or, by "linear", the vectors that add up the deltas: 1 + Σ wᵢ (lᵢ - 1)."""
+    if how not in ("", "linear"):
+        return None
+    if options:
+        raise CombineError(f"vectors of IA3 are combined without options, not with {sorted(options)}")
+    if config is not None:
+        raise CombineError(f"adapters of IA3 become one with the same settings; leave out the {type(config).__name__}")
+    vectors: dict[str, dict[str, Tensor]] = {}
+    inputs = set()
+    for place in dict.fromkeys(place for source in sources for place in source.adapters):
+        there = [source.adapters.get(place) for source in sources]
+        sides = {adapter.feedforward if isinstance(adapter, IA3Adapter) else None for adapter in there if adapter}
+        if len(sides) > 1 or None in sides:
+            raise CombineError(f"{place}: the adapters are not all IA3's, or do not all rescale the same side of it")
+        if sides == {True}:
+            inputs.add(place)
+        example = next(adapter.ia3_l for adapter in there if isinstance(adapter, IA3Adapter))
+        ones = torch.ones_like(example)  # what an adapter that leaves this layer alone has
+        rest = ones * (1 - sum(source.weight for source in sources)) if how else torch.zeros_like(example)
+        for source, adapter in zip(sources, there, strict=True):
+            rest = rest + source.weight * (adapter.ia3_l.detach() if isinstance(adapter, IA3Adapter) else ones)
+        vectors[place] = {"ia3_l": rest}
+    made = sources[0].config.resolve(target_modules=tuple(vectors), feedforward_modules=tuple(sorted(inputs)))
+    return AdapterState(made, vectors)
 
 
 @hookimpl

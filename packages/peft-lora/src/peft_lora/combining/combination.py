@@ -50,6 +50,7 @@ def peft_combine(
     Options: `svd_rank` (an int, or below 1 the share of Σ σ² to keep; default: the largest rank among the sources),
     `svd_clamp`, `density`, `majority_sign_method`, `seed`, `progressbar`.
     """
+    how = how or "svd"
     if how not in (*EXACT, *DENSE, *FACTORS):
         return None
     if unknown := [name for name in options if name not in (*OPTIONS, *INERT)]:
