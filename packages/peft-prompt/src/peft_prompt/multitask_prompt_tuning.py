@@ -111,7 +111,7 @@ def peft_build(config: MultitaskPromptTuningConfig, layer: BaseLayer, shared: nn
     if role == "mask":
         return EncoderMask(layer, config.n)
     if role == "decoder":
-        return DecoderPrompt(layer, config, shared.__dict__["prompts"])
+        return DecoderPrompt(layer, config, shared.__dict__.get("prompts"))  # none where it was refused
     found = TaskPrompts(layer, config, pools_first(model))
     shared.__dict__["prompts"] = found
     return found
@@ -173,7 +173,7 @@ class TaskPrompts(PromptAdapter):
 class DecoderPrompt(PromptAdapter):
     """The second half of the rows, in front of a decoder's input. The encoder's adapter keeps the tensors."""
 
-    def __init__(self, layer: BaseLayer, config: MultitaskPromptTuningConfig, prompts: TaskPrompts) -> None:
+    def __init__(self, layer: BaseLayer, config: MultitaskPromptTuningConfig, prompts: TaskPrompts | None) -> None:
         super().__init__(layer)
         self.num_virtual_tokens = config.n
         self.__dict__["prompts"] = prompts  # by reference: it is registered at its own site

@@ -117,7 +117,7 @@ def peft_build(
     if layer.request.meta["role"] == "positions":
         return PositionShift(layer, config.n)
     if layer.request.meta["number"]:
-        return PrefixPart(layer, config, shared.__dict__["prefix"])
+        return PrefixPart(layer, config, shared.__dict__.get("prefix"))  # none where the first one was refused
     whole = Whole(layer, config, tensors)
     shared.__dict__["prefix"] = whole
     return PrefixPart(layer, config, whole, keeps=True)
@@ -194,7 +194,7 @@ class Projection(nn.Module):
 class PrefixPart(PrefixAdapter):
     """One attention module's keys and values. The first module's keeps the whole, which the others see."""
 
-    def __init__(self, layer: BaseLayer, config: PrefixTuningConfig, whole: Whole, keeps: bool = False) -> None:
+    def __init__(self, layer: BaseLayer, config: PrefixTuningConfig, whole: Whole | None, keeps: bool = False) -> None:
         super().__init__(layer)
         meta = layer.request.meta
         self.num_virtual_tokens = config.n
