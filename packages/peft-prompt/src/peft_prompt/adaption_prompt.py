@@ -156,7 +156,7 @@ class AdaptedAttention(Adapter):
         given = bind(self._names, args, kwargs)
         # The same for all rows, unless other adapters inside the module are not.
         rows = 1 if base.request.rows is None else given[self._names[0]].shape[0]
-        prompt = self.adaption_prompt.expand(rows, -1, -1)
+        prompt = self.adaption_prompt.repeat(rows, 1, 1) if rows > 1 else self.adaption_prompt
         return self._added(out, prompt, None, self.adaption_gate, given)
 
     @classmethod
