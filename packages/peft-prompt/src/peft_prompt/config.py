@@ -89,13 +89,19 @@ def saved_heads(config: PromptLearningConfig, model: nn.Module) -> list[SiteRequ
     return [SiteRequest(path, copied=True, key_prefix=f"{KEYS}base_model.{path}.") for path in paths]
 
 
-def width_of_embeddings(model: nn.Module) -> int:
-    """d of the embeddings that a backbone takes. Raises `TargetError` where it cannot embed its input."""
+def width_of_embeddings(config: PromptLearningConfig, model: nn.Module) -> int:
+    """d of the embeddings that a backbone takes.
+
+    Raises `TargetError` where it cannot embed its input, or the config says another d.
+    """
     path = backbone_sites(model)[0].path
     backbone: Any = model.get_submodule(path)
     if not hasattr(backbone, "get_input_embeddings"):
         raise TargetError(f"{path or 'the model'}: the backbone has no get_input_embeddings, so its width is not known")
-    return int(backbone.get_input_embeddings().embedding_dim)
+    width = int(backbone.get_input_embeddings().embedding_dim)
+    if config.token_dim not in (None, width):
+        raise TargetError(f"token_dim is {config.token_dim}, and the model's embeddings have {width} numbers")
+    return width
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

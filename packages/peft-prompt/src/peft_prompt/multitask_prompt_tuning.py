@@ -82,7 +82,7 @@ def peft_config() -> type[MultitaskPromptTuningConfig]:
 def peft_resolve(config: MultitaskPromptTuningConfig, model: nn.Module) -> MultitaskPromptTuningConfig:
     """The sizes that were left open. Encoder and decoder both have rows of the table."""
     parts = 2 if is_encoder_decoder(model) else 1
-    width = width_of_embeddings(model)
+    width = width_of_embeddings(config, model)
     return config.resolve(**sizes(config, model, token_dim=width, num_transformer_submodules=parts))
 
 

@@ -55,7 +55,7 @@ def peft_config() -> type[PromptEncoderConfig]:
 @hookimpl
 def peft_resolve(config: PromptEncoderConfig, model: nn.Module) -> PromptEncoderConfig:
     """The sizes that were left open."""
-    width = config.token_dim or width_of_embeddings(model)
+    width = width_of_embeddings(config, model)
     open_ones = {"token_dim": width, "encoder_hidden_size": width, "num_transformer_submodules": 1}
     return config.resolve(**sizes(config, model, **open_ones))
 

@@ -43,7 +43,9 @@ def peft_config() -> type[PromptTuningConfig]:
 @hookimpl
 def peft_resolve(config: PromptTuningConfig, model: nn.Module) -> PromptTuningConfig:
     """The sizes that were left open."""
-    return config.resolve(**sizes(config, model, token_dim=width_of_embeddings(model), num_transformer_submodules=1))
+    return config.resolve(
+        **sizes(config, model, token_dim=width_of_embeddings(config, model), num_transformer_submodules=1)
+    )
 
 
 @hookimpl

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,8 +79,9 @@ def table(config: StartConfig, adapter: PromptAdapter, shape: tuple[int, ...], t
     start = config.prompt_tuning_init
     if start == "SAMPLE_VOCAB":
         return embedded(adapter, torch.randint(vocabulary(adapter), shape[:1]), shape)
-    if start == "TEXT" and (trusted or config.prompt_tuning_init_ids):
-        ids = config.prompt_tuning_init_ids or load_ids(config)
+    ids: Sequence[int] | None = config.prompt_tuning_init_ids
+    if start == "TEXT" and (trusted or ids is not None):
+        ids = load_ids(config) if ids is None else ids
         if not ids:
             raise ConfigError(
                 f"prompt_tuning_init_text: the tokenizer makes no token of {config.prompt_tuning_init_text!r}"
@@ -95,10 +96,16 @@ def table(config: StartConfig, adapter: PromptAdapter, shape: tuple[int, ...], t
 
 
 def load_ids(config: StartConfig) -> list[int]:
-    """The tokens of the text, by the tokenizer that the config names."""
-    from transformers import AutoTokenizer
+    """The tokens of the text, by the tokenizer that the config names. Raises `ConfigError` where it is not found."""
+    try:
+        from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"tokenizer_name_or_path: the tokenizer {config.tokenizer_name_or_path!r} cannot be loaded ({error}); give "
+            "its directory, or the tokenizer itself"
+        ) from error
     return _ids(tokenizer, config.prompt_tuning_init_text or "")
 
 
