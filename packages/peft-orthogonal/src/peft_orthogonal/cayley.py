@@ -52,10 +52,11 @@ def cayley_series(skew: Tensor, terms: int) -> Tensor:
             return eye + 0 * skew  # still a function of Q, whose gradient is zero
         if terms == 2:
             return eye + 2 * skew
-        series = skew + 2 * eye
+        flat = skew.reshape(-1, *skew.shape[-2:])
+        series = flat + 2 * eye
         for _ in range(max(terms, 4) - 3):
-            series = series @ skew + 2 * eye
-        return series @ skew + eye
+            series = torch.baddbmm(2 * eye, series, flat)
+        return torch.baddbmm(eye, series, flat).view(skew.shape)
 
 
 def _wide(matrices: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ from .rotation import Rotation, assemble
 from .sizes import block_size, rotated_size, size_in_file
 
 _VERSION_1 = (
-    "it was written by the first version of OFT in peft, whose blocks are full matrices and rotate otherwise than those "
-    "of version 2. Load and merge it with a peft of that time, or train it again"
+    "it was written by the first version of OFT in peft, whose blocks are full matrices and rotate otherwise than "
+    "those of version 2. Load and merge it with a peft of that time, or train it again"
 )
 
 
@@ -86,6 +86,13 @@ class OFTConfig(OrthogonalConfig):
         if value < 1:
             raise ValueError("a positive number of terms; with 1 alone nothing is rotated")
         return value
+
+    def beside_tensors(self, *, inference_mode: bool | None = None) -> dict[str, Any]:
+        data = super().beside_tensors(inference_mode=inference_mode)
+        if self.use_cayley_neumann:
+            # Which series is meant: HF PEFT warns of files that do not say so.
+            data["peft_version"] = "0.18.0"
+        return data
 
     @classmethod
     def translate(cls, data: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,14 +39,13 @@ class Part(NamedTuple):
         """x (..., n) times the factors (or their transpose). With blocks for each row, x is (rows, ..., n)."""
         blocks = self.blocks if self.blocks.dtype == x.dtype else self.blocks.to(x.dtype)
         blocks = blocks.mT if transposed else blocks
-        count, width = blocks.shape[-3], blocks.shape[-1]
         shape, rows = x.shape, math.prod(x.shape[:-1])
         if self.low > 1:
             x = _exchanged(x, (rows, shape[-1]), self.sides, self.low, self.unit)
-        # Blocks first: the strides stay those of x, so nothing is copied, nor kept for backward but x itself.
         if blocks.dim() == 3:
-            x = torch.bmm(x.reshape(rows, count, width).transpose(0, 1), blocks).transpose(0, 1)
+            x = _blockwise(x.reshape(rows, shape[-1]), blocks)
         else:
+            _, count, width, _ = blocks.shape
             positions = math.prod(shape[1:-1])
             x = torch.matmul(x.reshape(shape[0], positions, count, width).transpose(1, 2), blocks).transpose(1, 2)
         if self.low > 1:
@@ -94,21 +93,17 @@ def assemble(factors: Tensor, width: int = WIDTH) -> Rotation:
 
 def _composed(factors: Tensor, level: int) -> Tensor:
     """Factors (g, k, b, b), the first at `level`, multiplied: (k / c, c b, c b) with c = 2^(g-1), in a Part's order."""
-    g, k, b, _ = factors.shape
-    if g == 1:
-        return factors[0]
-    low, width = 2**level, b << (g - 1)
-    rows = torch.eye(width, device=factors.device, dtype=factors.dtype)
-    rows = rows.expand(k * b // width, width, width)
-    for i in reversed(range(g)):
-        # The blocks of one factor are in the order (segment, higher sides, lower sides, low).
-        blocks = factors[i].view(-1, 2 ** (g - 1 - i), 2**i, low, b, b).permute(0, 3, 1, 2, 4, 5)
-        blocks = blocks.reshape(len(rows), -1, b, b)
-        units = rows.reshape(len(rows), width, -1, 2, 2**i, b // 2).transpose(3, 4)
-        units = units.reshape(len(rows), width, -1, b).transpose(1, 2) @ blocks
-        units = units.transpose(1, 2).reshape(len(rows), width, -1, 2**i, 2, b // 2).transpose(3, 4)
-        rows = units.reshape(len(rows), width, width)
-    return rows
+    g, _, b, _ = factors.shape
+    low, half = 2**level, b // 2
+    product = factors[0].view(-1, low, b, b)
+    for i in range(1, g):
+        # A factor's blocks are in the order (segment, place q within a side, low); each is of (2 sides, unit) rows and
+        # columns. The product so far stands in both sides of a segment, with rows (place, unit).
+        blocks = factors[i].view(-1, 2**i, low, 2, half, 2, half)
+        sides = product.view(-1, 2, low, 2**i, half, half << i)
+        product = torch.einsum("aqlsutv,atlqvc->alsqutc", blocks, sides)
+        product = product.reshape(-1, low, b << i, b << i)
+    return product.flatten(0, 1)
 
 
 def _side_by_side(blocks: Tensor, width: int) -> Tensor:
@@ -129,3 +124,52 @@ def _exchanged(x: Tensor, shape: tuple[int, int], first: int, second: int, unit:
     """x (rows, (segment, first, second, unit)) as (rows, (segment, second, first, unit)); `shape` is (rows, n)."""
     rows, n = shape
     return x.reshape(rows, n // (first * second * unit), first, second, unit).transpose(2, 3).reshape(shape)
+
+
+def _blockwise(x: Tensor, blocks: Tensor) -> Tensor:
+    """x (rows, k b) times a block-diagonal matrix, blocks (k, b, b)."""
+    # A compiler plans its own buffers, and autocast knows torch's operations only.
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return _plain(x, blocks)
+    result: Tensor = _Blockwise.apply(x, blocks)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Blockwise(torch.autograd.Function):
+    """As `_plain`, without its large temporaries, which cost more than the products do."""
+
+    @staticmethod
+    def forward(x: Tensor, blocks: Tensor) -> Tensor:
+        return _product(x, blocks)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, blocks = ctx.saved_tensors
+        to_x = _product(grad, blocks.mT) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return to_x, None
+        left, right = _in_blocks(x, blocks), _in_blocks(grad, blocks)
+        if x.device.type == "cpu" and x.dtype.itemsize < 4:  # its products in half precision are slow with strides
+            left, right = left.contiguous(), right.contiguous()
+        return to_x, torch.bmm(left.mT, right)
+
+
+def _product(x: Tensor, blocks: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # within a backward that is differentiated itself
+        return _plain(x, blocks)
+    out = x.new_empty(x.shape)
+    torch.bmm(_in_blocks(x, blocks), blocks, out=_in_blocks(out, blocks))
+    return out
+
+
+def _plain(x: Tensor, blocks: Tensor) -> Tensor:
+    return torch.bmm(_in_blocks(x, blocks), blocks).transpose(0, 1).reshape(x.shape)
+
+
+def _in_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """(rows, k b) -> (k, rows, b)."""
+    return x.reshape(x.shape[0], blocks.shape[0], blocks.shape[1]).transpose(0, 1)
