@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -351,3 +352,17 @@ def test_importing_the_package_imports_nothing() -> None:
 
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = peft_prompt.Nothing
+
+
+def test_the_code_of_the_readme_runs() -> None:
+    import peft_prompt
+
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    ids = torch.ones(2, 4, dtype=torch.long)
+    names: dict[str, Any] = {"model": make(), "ids": ids, "mask": torch.ones_like(ids), "tokenizer": Words()}
+    names |= {name: getattr(peft_prompt, name) for name in peft_prompt.__all__}
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    assert float(names["loss"]) > 0
