@@ -19,6 +19,7 @@ from transformers import DynamicCache, StaticCache
 
 from peft_core import PeftModel, RequestError, get_peft_model
 from tests.tiny_transformers import VOCABULARY, batch, gradients, lora, make, randomise
+from tests.toy_plugins import registered
 
 METHODS = {"prompt": PromptConfig, "prefix": PrefixConfig}
 KINDS = ("llama", "gpt2")
@@ -291,11 +292,16 @@ def test_two_prompts_a_prefix_and_lora_at_once(kind: str) -> None:
     assert len({str(o.tolist()) for o in outputs}) == len(outputs)
 
 
-def test_with_the_example_of_a_third_party() -> None:
-    pytest.importorskip("acme_vera")
-    from peft_core import load_method
+def test_with_the_example_of_a_third_party(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples" / "acme-vera" / "src"))
+    import acme_vera  # not installed here; as a module of a notebook would be
 
-    model = get_peft_model(make("llama"), load_method("vera")(target_modules=["q_proj", "v_proj"]), "v")
+    with registered(acme_vera):
+        _mixes_with(acme_vera.VeraConfig(target_modules=["q_proj", "v_proj"]))
+
+
+def _mixes_with(config: Any) -> None:
+    model = get_peft_model(make("llama"), config, "v")
     randomise(model, "v")
     model.add_adapter("a", PromptConfig(n=N))
     model.set_adapter(["v", "a"])

@@ -98,8 +98,8 @@ def types_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_package_is_clean(kind: str, name: str, tmp_path: Path, types_cache: Path) -> None:
     """By the rules that it brings along, formatted, and with types."""
     project = scaffold.create(name, kind, directory=tmp_path)
-    run("ruff", "check", "--no-cache", ".", cwd=project)
-    run("ruff", "format", "--no-cache", "--check", ".", cwd=project)
+    run(sys.executable, "-m", "ruff", "check", "--no-cache", ".", cwd=project)
+    run(sys.executable, "-m", "ruff", "format", "--no-cache", "--check", ".", cwd=project)
     if name != LONG:
         env = {**os.environ, "MYPYPATH": str(ROOT / "packages" / "peft-core" / "src")}
         run(sys.executable, "-m", "mypy", "--follow-imports=silent", "--cache-dir", types_cache, cwd=project, env=env)

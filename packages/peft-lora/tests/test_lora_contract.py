@@ -1,5 +1,21 @@
 """LoRA and DoRA keep the contract of methods, on every kind of layer they adapt."""
 
-from peft_lora.lora_contract import TestDora, TestLora, TestLoraBias, TestOrthogonalStart, TestRandomStart
+from peft_lora.lora_contract import (
+    TestActivatedLora,
+    TestDora,
+    TestLora,
+    TestLoraBias,
+    TestOrthogonalStart,
+    TestQaLora,
+    TestRandomStart,
+)
 
-__all__ = ["TestDora", "TestLora", "TestLoraBias", "TestOrthogonalStart", "TestRandomStart"]
+__all__ = [
+    "TestActivatedLora",
+    "TestDora",
+    "TestLora",
+    "TestLoraBias",
+    "TestOrthogonalStart",
+    "TestQaLora",
+    "TestRandomStart",
+]

@@ -100,7 +100,10 @@ class ActivatedLora(Adapter):
 
     @staticmethod
     def _length(call: Call) -> int:
-        given = next(v for n in ("input_ids", "inputs_embeds") if (v := call.inputs.get(n)) is not None)
+        named = (call.inputs.get("input_ids"), call.inputs.get("inputs_embeds"))
+        given = next((v for v in (*named, *call.inputs.values()) if isinstance(v, Tensor) and v.dim() > 1), None)
+        if given is None:
+            raise RequestError("an aLoRA needs inputs of a model of sequences, (rows, length)")
         return int(given.shape[1])
 
 

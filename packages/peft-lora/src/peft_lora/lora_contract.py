@@ -5,7 +5,7 @@ Read by `python -m peft_core check --contract`, and by the package's own tests.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft_core.testing import CASES, MethodContract
 
@@ -42,6 +42,19 @@ class TestDora(MethodContract):
     layer_kinds = (*LINEAR, *CONVOLUTIONS, "embedding")
     refused_cases = GROUPED
     exact_gradients = False  # the paper holds the norm constant in the backward pass
+
+
+class TestActivatedLora(MethodContract):
+    config = LoraConfig(r=8, alora_invocation_tokens=[2], target_modules=r".*\.(up|down|up_proj|down_proj)")
+    layer_kinds = ("model",)  # what a position is, the model says
+    mergeable = False
+
+    def call_arguments(self, rows: int) -> dict[str, Any]:
+        return {"alora_offsets": [row % 4 + 1 for row in range(rows)]}
+
+
+class TestQaLora(MethodContract):
+    config = LoraConfig(r=8, use_qalora=True, qalora_group_size=4)
 
 
 class TestLoraBias(MethodContract):
