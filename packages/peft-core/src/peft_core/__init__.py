@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     )
     from .hookspecs import hookimpl, hookspec
     from .layers import AttentionLayer, BaseLayer, ConvLayer, EmbeddingLayer, LinearLayer, SiteRequest
+    from .link import Link
     from .methods import (
         Method,
         MethodInfo,
@@ -71,7 +72,6 @@ if TYPE_CHECKING:
     from .prefixes import PositionShift, PrefixAdapter
     from .prompts import EncoderMask, PromptAdapter
     from .records import AdapterState, Structure
-    from .site import Link
     from .tasks import TaskType
     from .training import Drive, drive
     from .tree import base_modules
@@ -181,7 +181,7 @@ _NAMES = {
     "combining": ("CombineSource",),
     "banks": ("Seeded",),
     "training": ("Drive", "drive"),
-    "site": ("Link",),
+    "link": ("Link",),
     "config": ("AdapterConfig", "PeftConfig", "TargetedConfig"),
     "discovery": ("refresh",),
     "errors": (

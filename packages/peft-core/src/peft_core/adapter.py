@@ -18,7 +18,7 @@ from .errors import CheckpointMismatchError, MergeError
 from .layers import BaseLayer, Params
 
 if TYPE_CHECKING:
-    from .site import Link
+    from .link import Link
 
 
 class Adapter(nn.Module):

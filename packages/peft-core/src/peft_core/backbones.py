@@ -17,7 +17,7 @@ from .layers import SiteRequest
 from .tree import walk
 
 if TYPE_CHECKING:
-    from .site import Link
+    from .link import Link
 
 
 def backbone_sites(model: nn.Module) -> list[SiteRequest]:

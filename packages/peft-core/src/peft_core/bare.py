@@ -21,12 +21,12 @@ def bare(module: Any) -> Any:
     return module.base_layer if isinstance(module, Site) else module
 
 
-def parameter_names(module: nn.Module, prefix: str = "") -> Iterator[str]:
+def base_parameter_names(module: nn.Module, prefix: str = "") -> Iterator[str]:
     """Names of all parameters in a module, every name of those with several."""
     yield from (prefix + name for name, parameter in module._parameters.items() if parameter is not None)
     for name, child in module._modules.items():
         if child is not None and name not in (SHARED, ROOT):
-            yield from parameter_names(bare(child), f"{prefix}{name}.")
+            yield from base_parameter_names(bare(child), f"{prefix}{name}.")
 
 
 def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -141,7 +141,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            module.__dict__["training"] = mode  # past sites, which look where an attribute belongs
         for parameter, flag, gradient in parameters:
             parameter.requires_grad_(flag)
             parameter.grad = gradient

@@ -14,11 +14,10 @@ from . import hook_results
 from .adapter import Adapter
 from .config import AdapterConfig
 from .errors import CombineError
-from .lifecycle import checked_draft, require_unmerged
+from .lifecycle import checked_draft, require_free, require_unmerged
 from .methods import load_method
 from .planning import Draft
 from .records import state_of
-from .training import key_of
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,10 @@ def combine(
         raise CombineError(
             f"add_weighted_adapter needs adapters and as many finite weights, not {list(names)} and {list(weights)}"
         )
+    require_free(state, name)
     records = [state.record(other) for other in names]
     sources = [
-        CombineSource(r.name, r.config, {key_of(r, i): a for i, a in enumerate(r.adapters)}, r.shared, float(weight))
+        CombineSource(r.name, r.config, r.placed, r.shared, float(weight))
         for r, weight in zip(records, weights, strict=True)
     ]
     method = records[0].method if config is None else load_method(config.peft_type)

@@ -66,7 +66,7 @@ def detach(model: nn.Module, state: PeftState, name: str, undo: Undo) -> None:
                 undo.keep(model._modules)
                 del model._modules[ROOT]
             del state.sites[request.path]
-    for parent, attribute, module in record.replaced:
+    for parent, attribute, module in reversed(record.replaced):
         undo.keep(parent._modules)
         parent._modules[attribute] = module
     if record.config_before:
@@ -93,11 +93,12 @@ def _rebuild(model: nn.Module, draft: Draft, undo: Undo) -> None:
             if parameter.requires_grad:
                 undo.add(lambda parameter=parameter: parameter.requires_grad_(True))  # type: ignore[misc]
                 parameter.requires_grad_(False)
-        for parent, attribute in draft.tree.places[id(module)]:
-            if draft.tree.module(path.rpartition(".")[0]) is parent:
-                replaced.append((parent, attribute, parent._modules[attribute]))
-                undo.keep(parent._modules)
-                parent._modules[attribute] = module
+        head, _, attribute = path.rpartition(".")
+        parent = draft.tree.module(head)
+        assert parent is not None
+        replaced.append((parent, attribute, parent._modules[attribute]))
+        undo.keep(parent._modules)
+        parent._modules[attribute] = module
     config: Any = model.config if structure.config else None
     record.replaced = replaced  # type: ignore[assignment]
     record.config_before = {name: getattr(config, name) for name in structure.config}

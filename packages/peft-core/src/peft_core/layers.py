@@ -43,6 +43,11 @@ class SiteRequest:
     copied: bool = False
     tied_to: str = ""
 
+    @property
+    def key(self) -> str:
+        """How a place is named among those of one adapter: its path, or `path:part`."""
+        return f"{self.path}:{self.part}" if self.part else self.path
+
 
 class BaseLayer:
     """View of any module: its parameters by name, as they are stored.
@@ -77,7 +82,7 @@ class BaseLayer:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the parameters this view covers."""
-        return self.request.names or tuple(bare.parameter_names(self.module))
+        return self.request.names or tuple(bare.base_parameter_names(self.module))
 
     def params(self) -> Params:
         """The weights as dense tensors, without a copy where the storage is dense and at hand."""

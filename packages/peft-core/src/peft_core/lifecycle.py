@@ -29,12 +29,8 @@ def checked_draft(
     calibration: Iterable[Any] | None = None,
     start: AdapterState | None = None,
 ) -> Draft:
-    check_name(name)
     state = state_of(model)
-    if state is not None and name in state.adapters:
-        raise AdapterNameError(
-            f"adapter {name!r} is on the model already; choose another name, or delete_adapter({name!r}) first"
-        )
+    require_free(state, name)
     if state is not None:
         require_unmerged(state, "adding an adapter")
     check_references(state, name, config)
@@ -45,9 +41,23 @@ def checked_draft(
     return found
 
 
+def require_free(state: PeftState | None, name: str) -> None:
+    """Raise `AdapterNameError` where a new adapter cannot have that name."""
+    check_name(name)
+    if state is not None and name in state.adapters:
+        raise AdapterNameError(
+            f"adapter {name!r} is on the model already; choose another name, or delete_adapter({name!r}) first"
+        )
+
+
 def check_references(state: PeftState | None, name: str, config: AdapterConfig) -> None:
-    """Raise `AdapterNotFoundError` where an adapter would be made of others that the model does not have."""
+    """Raise where an adapter would be made of others that the model does not have, or that are made of it."""
     present = state.adapters if state else {}
+    if circular := [other for other in config.refers_to() if state and name in state.made_of(other)]:
+        raise AdapterNameError(
+            f"adapter {name!r} would be made of {circular}, and so of itself; give it another name, or name other "
+            "adapters in its config"
+        )
     if missing := [other for other in config.refers_to() if other not in present]:
         raise AdapterNotFoundError(
             f"adapter {name!r} is made of other adapters, and the model lacks {missing}; it has "
@@ -69,7 +79,7 @@ def install(model: nn.Module, found: Draft, *, trainable: bool, activate: bool, 
             detach(model, state, instead, undo)
         attach(model, state, found, undo)
         name_arguments(model, state, undo)
-        record.require_grad(trainable and record.name in state.active)
+        record.require_grad(trains(state, record.name))
         if activate:
             activate_records(state, [record], undo)
 
@@ -77,20 +87,28 @@ def install(model: nn.Module, found: Draft, *, trainable: bool, activate: bool, 
 def activate_records(
     state: PeftState, records: list[AdapterRecord], undo: Undo, *, inference_mode: bool = False
 ) -> None:
-    for name in state.active:
-        if name not in {record.name for record in records}:
-            config = state.adapters[name].config
-            for other in (name, *(config.refers_to() if config.trains_referred else ())):
-                undo.keep_flags(state.adapters[other])
-                state.adapters[other].require_grad(False)
-    for record in records:
-        undo.keep_flags(record)
-        record.require_grad(record.trainable and not inference_mode)
-        for other in record.config.refers_to() if record.config.trains_referred else ():
-            undo.keep_flags(state.adapters[other])
-            state.adapters[other].require_grad(record.trainable and not inference_mode)
+    """Make these adapters active, with `undo.keep_state` done by the caller; tensors require gradients accordingly."""
+    touched = [*state.active, *(record.name for record in records)]
     state.active = tuple(record.name for record in records)
+    for name in with_referred(state, touched):
+        undo.keep_flags(state.adapters[name])
+        state.adapters[name].require_grad(trains(state, name) and not inference_mode)
     state.publish()
+
+
+def with_referred(state: PeftState, names: Iterable[str]) -> list[str]:
+    """These adapters, and those that train along with them."""
+    found: dict[str, None] = {}
+    for name in names:
+        config = state.adapters[name].config
+        found |= dict.fromkeys((name, *(config.refers_to() if config.trains_referred else ())))
+    return list(found)
+
+
+def trains(state: PeftState, name: str) -> bool:
+    """Whether an adapter is active and trainable, or trains along with one that is."""
+    trainable = [other for other in state.active if state.adapters[other].trainable]
+    return name in with_referred(state, trainable)
 
 
 def enter(model: nn.Module, tree: Tree, state: PeftState, undo: Undo) -> None:

@@ -17,9 +17,8 @@ def terms_of(state: PeftState, request: Request) -> dict[str, Tensor]:
     """The terms of the adapters that act in a call, summed over sites by name."""
     found: dict[str, Tensor] = {}
     for name in request.names():
-        for adapter in state.adapters[name].adapters:
-            if type(adapter).losses is Adapter.losses:
-                continue
+        record = state.adapters.get(name)  # another thread may have deleted it
+        for adapter in record.with_losses if record else ():
             for term, value in _losses_of(adapter, name).items():
                 found[term] = found[term] + value if term in found else value
     for term, value in (request.call.losses if request.call else {}).items():
@@ -41,8 +40,6 @@ def with_terms(outputs: Any, terms: Mapping[str, Tensor], labelled: bool) -> Any
 
     A loss is the entry or attribute `loss`, or the first entry of a tuple that answers to labels.
     """
-    if not terms:
-        return outputs
     extra = sum(terms.values())
     if isinstance(outputs, dict):
         if isinstance(outputs.get("loss"), Tensor):

@@ -21,14 +21,22 @@ from .combining import combine
 from .config import AdapterConfig
 from .errors import AdapterNameError, PeftError
 from .inject import detach
-from .lifecycle import activate_records, checked_draft, install, name_arguments, require_unmerged
+from .lifecycle import (
+    activate_records,
+    checked_draft,
+    install,
+    name_arguments,
+    require_unmerged,
+    trains,
+    with_referred,
+)
 from .loss_terms import terms_of, with_terms
 from .mergeable import Mergeable
 from .records import PeftState
 from .routing import BASE, Request
 from .saveable import Saveable
 from .subclass import base_class, forward_names, rebuild
-from .training import key_of, parameter_groups
+from .training import parameter_groups
 from .transaction import Undo
 from .tree import walk
 
@@ -101,7 +109,7 @@ class PeftModel(Mergeable, Saveable):
             request = routing.default
             if rows is not None or call is not None:
                 request = Request(routing.default.active, rows, call)
-            return self._with_losses(routing.traced(request, forward, *args, **kwargs), request, kwargs)
+            return self._with_losses(routing.traced(request, forward, *args, **kwargs), request, args, kwargs)
         request = routing.request(rows, call)
         if request != routing.default and getattr(self, "_compiled_call_impl", None) is not None:
             forward = state.sites.get("") or self._call_impl  # type: ignore[attr-defined]  # that graph is the default's
@@ -109,7 +117,7 @@ class PeftModel(Mergeable, Saveable):
             outputs = forward(*args, **kwargs)
         if call is not None and torch.is_grad_enabled():
             routing.follow(outputs, request)
-        return self._with_losses(outputs, request, kwargs)
+        return self._with_losses(outputs, request, args, kwargs)
 
     def _describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The facts of a call that begins; request arguments are taken out of `kwargs`."""
@@ -125,13 +133,16 @@ class PeftModel(Mergeable, Saveable):
         call.expect_gradients()
         return call
 
-    def _with_losses(self, outputs: Any, request: Request, kwargs: Mapping[str, Any]) -> Any:
+    def _with_losses(self, outputs: Any, request: Request, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """In training, the output with what the adapters add to its loss."""
         if not (_module(self).training and torch.is_grad_enabled()):
             return outputs
         routing, terms = self._peft.routing, terms_of(self._peft, request)
         routing.loss_terms = terms
-        return outputs if routing.defers_losses else with_terms(outputs, terms, kwargs.get("labels") is not None)
+        if not terms or routing.defers_losses:
+            return outputs
+        inputs = inputs_of(forward_names(type(self)), args, kwargs)
+        return with_terms(outputs, terms, inputs.get("labels") is not None)
 
     def adapter_losses(self) -> dict[str, Tensor]:
         """What the adapters added to the loss of the last call in training, by name; they are in `outputs.loss`.
@@ -185,8 +196,7 @@ class PeftModel(Mergeable, Saveable):
 
         Raises `AdapterNotFoundError`.
         """
-        record = self._peft.record(adapter_name)
-        return {key_of(record, index): adapter for index, adapter in enumerate(record.adapters)}
+        return self._peft.record(adapter_name).placed
 
     def add_weighted_adapter(
         self,
@@ -235,12 +245,17 @@ class PeftModel(Mergeable, Saveable):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters are trainable; takes effect on the active ones at once, on others when active."""
+        state = self._peft
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         with Undo() as undo:
-            for record in [self._peft.record(name) for name in names]:
+            for record in [state.record(name) for name in names]:
                 undo.keep_flags(record)
                 record.trainable = requires_grad
-                record.require_grad(requires_grad and record.name in self._peft.active)
+                record.require_grad(requires_grad and record.name in with_referred(state, state.active))
+                if record.name in state.active:
+                    for other in with_referred(state, [record.name])[1:]:
+                        undo.keep_flags(state.adapters[other])
+                        state.adapters[other].require_grad(trains(state, other))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and free its tensors."""
@@ -251,11 +266,15 @@ class PeftModel(Mergeable, Saveable):
             raise AdapterNameError(f"adapter {adapter_name!r} is part of {users}; delete those first")
         if state.record(adapter_name).structure is not None and len(state.adapters) > 1:
             raise AdapterNameError(f"the model is built as adapter {adapter_name!r} wants it; delete the others first")
+        referred = with_referred(state, [adapter_name])[1:] if adapter_name in state.active else []
         with Undo() as undo:
             undo.keep_state(state)
             detach(_module(self), state, adapter_name, undo)
             name_arguments(_module(self), state, undo)
             state.active = tuple(name for name in state.active if name != adapter_name)
+            for record in (state.adapters[other] for other in referred if not trains(state, other)):
+                undo.keep_flags(record)
+                record.require_grad(False)
             state.publish()
 
     @contextmanager

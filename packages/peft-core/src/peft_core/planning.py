@@ -24,7 +24,7 @@ from .methods import Method, load_method
 from .records import AdapterRecord, AdapterState, PeftState, Structure, state_of
 from .root import RootLayer
 from .saved_modules import SavedModule, saved_module_requests
-from .starts import calibrate, key_of_layer, put, slots_of, unused
+from .starts import calibrate, put, slots_of, unused
 from .targets import Selection, select
 from .tree import Tree, walk
 
@@ -86,6 +86,8 @@ def draft(
                 "models, or call unload() on the inner one first"
             )
     config, layers, problems = _views(model, tree, state, name, method, config, float32=float32, trusted=trusted)
+    if calibration is not None and structure is not None:
+        problems.append("the config changes the model's build, so data cannot be run through it before; leave them out")
     if calibration is not None and not problems:
         start = calibrate(model, name, method, config, layers, calibration)
         if start is not None and start.config != config:
@@ -115,7 +117,7 @@ def draft(
     built: list[BaseLayer] = []
     for layer in layers:
         layer.build_device = device
-        found = tensors(layer.request) if tensors else start.tensors.get(key_of_layer(layer)) if start else None
+        found = tensors(layer.request) if tensors else start.tensors.get(layer.request.key) if start else None
         try:
             adapter = build(record, layer, model, found, initialise=tensors is None)
             if start is not None and found:

@@ -24,7 +24,7 @@ from .layers import BaseLayer
 from .masks import additive, extended, is_causal
 
 if TYPE_CHECKING:
-    from .site import Link
+    from .link import Link
 
 MASK_NAMES = ("attention_mask", "mask")
 LENGTHS = ("cache_length", "past_key_values_length")

@@ -23,7 +23,7 @@ from .layers import BaseLayer
 from .masks import extended, has_windows, is_causal
 
 if TYPE_CHECKING:
-    from .site import Link
+    from .link import Link
 
 POSITIONS = ("position_ids", "cache_position")
 

@@ -60,13 +60,16 @@ class AdapterRecord:
     shared: nn.Module
     trainable: bool = True
     learned: list[tuple[nn.Module, str]] = field(default_factory=list)
+    with_losses: list[Adapter] = field(default_factory=list)
+    """Those of `adapters` that have terms of the loss."""
     structure: Structure | None = None
     replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     """Parent, attribute and module of what stood where the structure's modules are."""
     config_before: dict[str, Any] = field(default_factory=dict)
 
     def note_learned(self) -> None:
-        """Note which tensors train: those that require gradients as they were built."""
+        """Note which tensors train, those that require gradients as they were built, and who adds to the loss."""
+        self.with_losses = [adapter for adapter in self.adapters if type(adapter).losses is not Adapter.losses]
         self.learned = [
             (module, key)
             for owner in (*self.adapters, self.shared)
@@ -74,6 +77,11 @@ class AdapterRecord:
             for key, parameter in module._parameters.items()
             if parameter is not None and parameter.requires_grad
         ]
+
+    @property
+    def placed(self) -> dict[str, Adapter]:
+        """Its adapters by `SiteRequest.key`."""
+        return {request.key: adapter for request, adapter in zip(self.requests, self.adapters, strict=True)}
 
     @property
     def describes_calls(self) -> bool:
@@ -132,6 +140,17 @@ class PeftState:
     def users_of(self, name: str) -> list[str]:
         """Names of the adapters that are made of this one."""
         return [record.name for record in self.adapters.values() if name in record.config.refers_to()]
+
+    def made_of(self, name: str) -> set[str]:
+        """Names of all adapters that this one, present or not, works with: itself, and what it is made of."""
+        found: set[str] = set()
+        left = [name]
+        while left:
+            name = left.pop()
+            if name not in found:
+                found.add(name)
+                left += self.adapters[name].config.refers_to() if name in self.adapters else ()
+        return found
 
     def record(self, name: str) -> AdapterRecord:
         """The adapter of that name. Raises `AdapterNotFoundError`."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -120,10 +120,11 @@ class Routing:
         self._recomputed = True
         noted = self._backwards.get(torch._C._current_graph_task_id(), ())
         known = [request for ref in noted if (request := ref()) is not None] or self._recent
-        if len(known) > 1:
+        if len(known) != 1:
+            which = "calls with different adapters came" if known else "no known output of the model came"
             raise RequestError(
-                "calls with different adapters came before one backward, and the model's own activation checkpointing "
-                "recomputes a block without saying whose it is; call backward after each of them, or wrap the "
+                f"{which} before one backward, and the model's own activation checkpointing "
+                "recomputes a block without saying whose it is; call backward after each call, or wrap the "
                 "checkpoint function with peft_core.routing.remembering"
             )
         return known[0]
@@ -137,10 +138,10 @@ class Routing:
             noted = dict.fromkeys((*self._backwards.get(task, ()), weakref.ref(request)))
             self._backwards = {**dict(list(self._backwards.items())[-_BACKWARDS:]), task: tuple(noted)}
 
-        if not isinstance(outputs, (Tensor, tuple, list)):
-            outputs = list(outputs.values() if isinstance(outputs, dict) else getattr(outputs, "__dict__", {}).values())
-        for value in (outputs,) if isinstance(outputs, Tensor) else outputs:
-            if isinstance(value, Tensor) and value.requires_grad and value.grad_fn is not None:
+        if not isinstance(outputs, (Tensor, tuple, list, Mapping)):
+            outputs = getattr(outputs, "__dict__", {})
+        for value in _tensors(outputs):
+            if value.requires_grad and value.grad_fn is not None:
                 value.register_hook(note)  # type: ignore[no-untyped-call]
 
     def _current_of_graph(self) -> Request:
@@ -188,7 +189,8 @@ class Routing:
             self._note(ident, outer)
             if request.call is None and torch.is_grad_enabled() and not _in_backward():
                 recent = () if self._recomputed else self._recent
-                self._recent, self._recomputed = tuple(dict.fromkeys((*recent, request))), False
+                self._recent = tuple(dict.fromkeys((*recent, request)))[-2:]  # two are as many as can be told apart
+                self._recomputed = False
 
     @contextmanager
     def within(self, request: Request) -> Iterator[None]:
@@ -230,6 +232,15 @@ class Routing:
     def __getstate__(self) -> dict[str, Any]:
         kept = ("known", "default", "merged", "merged_for", "arguments", "describes_calls")
         return {**Routing().__dict__, **{name: self.__dict__[name] for name in kept}}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a model's output, those in tuples, lists and mappings included."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(inner)
 
 
 def _in_backward() -> bool:

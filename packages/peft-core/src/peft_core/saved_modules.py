@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapter import Adapter, as_compute
 from .errors import CheckpointMismatchError
 from .layers import BaseLayer, Params, SiteRequest, layer_of
-from .site import Link
+from .link import Link
 from .stand_in import shadowed
 
 

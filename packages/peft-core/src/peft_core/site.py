@@ -45,7 +45,7 @@ class Site(nn.Module):
 
     def run_base(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base module alone."""
-        return self.base_layer(*args, **kwargs)
+        return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]  # read past two `__getattr__`
 
     # -- adapters by name ----------------------------------------------------------------------------------------
 
@@ -82,28 +82,23 @@ class Site(nn.Module):
         if kwargs and not args and self._input in kwargs:  # adapters find the input in one place
             kwargs = dict(kwargs)
             args = (kwargs.pop(self._input),)
-        module = self._layer.module
-        if not module._forward_hooks:
-            return self._act(args, kwargs)
-        recording = recorders(module)
-        out = self._act(args, kwargs)
-        for record in recording:
-            record(module, args, out)
-        return out
-
-    def _act(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        routing = self._routing
+        module, routing = self._layer.module, self._routing
+        recording = recorders(module) if module._forward_hooks else ()
         request = routing.current()
-        if routing.merged:
-            _check_merged(routing, request)
-            return self.run_base(*args, **kwargs)
         try:
-            if request.rows is not None:
-                return self._forward_rows(request, args, kwargs)
-            return self._run(self.chain(request.active), request, args, kwargs)
+            if routing.merged:
+                _check_merged(routing, request)
+                out = self.run_base(*args, **kwargs)
+            elif request.rows is not None:
+                out = self._forward_rows(request, args, kwargs)
+            else:
+                out = self._run(self.chain(request.active), request, args, kwargs)
         except Exception as error:
             self._say_where(error, request)
             raise
+        for record in recording:
+            record(module, args, out)
+        return out
 
     def _run(self, chain: tuple[Adapter, ...], request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not chain:
@@ -124,9 +119,9 @@ class Site(nn.Module):
         flat = self._layer.kind == "linear" and len(shape) > 2
         rows = x.flatten(0, -2) if flat else x
         if flat and not self._layer.positionwise:  # what else the module does may depend on the shape
-            out: Tensor = self.base_layer(x).flatten(0, -2)
+            out: Tensor = self.run_base(x).flatten(0, -2)
         else:
-            out = self.base_layer(rows)
+            out = self.run_base(rows)
         for adapter in chain:
             out = adapter.accumulate(out, rows)  # type: ignore[operator]
         return out.view(*shape[:-1], out.shape[-1]) if flat else out
@@ -254,13 +249,14 @@ def _first_input(forward: Callable[..., Any]) -> str:
 
 
 def _check_merged(routing: Routing, request: Request) -> None:
-    given = request.call.arguments if request.call is not None else {}
-    other = [n for n, v in routing.merged_for.items() if given.get(n) is not None and not _all_equal(given[n], v)]
-    if other:
-        raise RequestError(
-            f"adapters {list(routing.merged)} are merged for {routing.merged_for}, but this call has another "
-            f"{other[0]}; leave it out, or call unmerge_adapter() first"
-        )
+    if routing.merged_for and request.call is not None:
+        given = request.call.arguments
+        other = [n for n, v in routing.merged_for.items() if given.get(n) is not None and not _all_equal(given[n], v)]
+        if other:
+            raise RequestError(
+                f"adapters {list(routing.merged)} are merged for {routing.merged_for}, but this call has another "
+                f"{other[0]}; leave it out, or call unmerge_adapter() first"
+            )
     if request.rows is not None or request.active != routing.merged:
         raise RequestError(
             f"adapters {list(routing.merged)} are merged into the base weights, but this call wants "
@@ -269,4 +265,9 @@ def _check_merged(routing: Routing, request: Request) -> None:
 
 
 def _all_equal(value: Any, wanted: Any) -> bool:
-    return bool((torch.as_tensor(value) == torch.as_tensor(wanted)).all())
+    try:
+        one, other = torch.as_tensor(value), torch.as_tensor(wanted)
+    except (TypeError, ValueError, RuntimeError):  # no numbers
+        return bool(value == wanted)
+    fits = other.numel() == 1 or one.shape == other.shape
+    return fits and bool((one == other.to(one.device)).all())

@@ -44,11 +44,6 @@ def calibrate(
     return found
 
 
-def key_of_layer(layer: BaseLayer) -> str:
-    """How an `AdapterState` names a site."""
-    return f"{layer.path}:{layer.request.part}" if layer.request.part else layer.path
-
-
 Parts = Callable[[str, Tensor], Iterable[tuple[nn.Module, str, Tensor]]]
 
 
@@ -85,7 +80,7 @@ def slots_of(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 def unused(start: AdapterState, layers: list[BaseLayer]) -> Iterator[str]:
     """Values for sites that there are not."""
-    known = {key_of_layer(layer) for layer in layers}
+    known = {layer.request.key for layer in layers}
     for place in start.tensors:
         if place not in known:
             yield f"{place}: the start has tensors for it, but the config does not select it"

@@ -7,6 +7,7 @@ batches were accumulated), clipped and unscaled, and a step that a loss scaler s
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -45,11 +46,7 @@ def named_parameters(record: AdapterRecord) -> dict[str, nn.Parameter]:
     """What an adapter trains, by the path of the site (and its part) and the tensor's name; each tensor once."""
     learned = {id(owner._parameters[key]): (owner, key) for owner, key in record.learned}
     found: dict[str, nn.Parameter] = {}
-    places = [
-        (f"{request.path}:{request.part}" if request.part else request.path, adapter)
-        for request, adapter in zip(record.requests, record.adapters, strict=True)
-    ]
-    for place, module in (*places, ("shared", record.shared)):
+    for place, module in (*record.placed.items(), ("shared", record.shared)):
         for name, parameter in module.named_parameters():
             if learned.pop(id(parameter), None) is not None:
                 found[f"{place}.{name}"] = parameter
@@ -58,10 +55,10 @@ def named_parameters(record: AdapterRecord) -> dict[str, nn.Parameter]:
 
 def _check_groups(record: AdapterRecord, named: dict[str, nn.Parameter], groups: list[dict[str, Any]]) -> None:
     names = {id(parameter): name for name, parameter in named.items()}
-    given = [id(parameter) for group in groups for parameter in group["params"]]
-    twice = sorted({names.get(i, "a foreign tensor") for i in given if given.count(i) > 1})
+    given = Counter(id(parameter) for group in groups for parameter in group["params"])
+    twice = sorted({names.get(i, "a foreign tensor") for i, count in given.items() if count > 1})
     foreign = sum(i not in names for i in given)
-    missing = sorted(names[i] for i in names.keys() - set(given))
+    missing = sorted(names[i] for i in names.keys() - given.keys())
     if twice or foreign or missing:
         raise MethodContractError(
             f"The {record.method.label} returned groups from peft_param_groups that do not hold each tensor of adapter "
@@ -107,7 +104,7 @@ class Drive:
                     model=model,
                     name=name,
                     config=record.config,
-                    adapters={key_of(record, i): adapter for i, adapter in enumerate(record.adapters)},
+                    adapters=record.placed,
                     shared=record.shared,
                     event=event,
                     step=self.step,
@@ -121,7 +118,8 @@ class Drive:
             hook.remove()
 
 
-_drives: weakref.WeakKeyDictionary[torch.optim.Optimizer, Drive] = weakref.WeakKeyDictionary()
+_drives: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Drive]] = weakref.WeakKeyDictionary()
+"""Weak both ways: what tells a step's number may refer to the optimizer. Its hooks keep the `Drive`."""
 
 
 def drive(model: Any, optimizer: torch.optim.Optimizer, *, step: int | Callable[[], int] = 0) -> Drive:
@@ -142,16 +140,12 @@ def drive(model: Any, optimizer: torch.optim.Optimizer, *, step: int | Callable[
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper steps the one inside
     if not isinstance(inner, torch.optim.Optimizer):
         raise PeftError(f"drive needs a torch.optim.Optimizer, not a {type(optimizer).__name__}")
-    if inner in _drives:
-        _drives[inner].remove()
-    _drives[inner] = Drive(model, inner, step)
-    return _drives[inner]
-
-
-def key_of(record: AdapterRecord, index: int) -> str:
-    """How hooks name one adapter of a record: its site's path, or `path:part`."""
-    request = record.requests[index]
-    return f"{request.path}:{request.part}" if request.part else request.path
+    before = _drives.get(inner)
+    if before is not None and (old := before()) is not None:
+        old.remove()
+    made = Drive(model, inner, step)
+    _drives[inner] = weakref.ref(made)
+    return made
 
 
 def _state(model: nn.Module) -> PeftState:
