@@ -239,6 +239,21 @@ def test_two_are_switched_and_deleted(kind: str) -> None:
         assert torch.equal(model(**given).logits, make(kind)(**given).logits)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_two_prompts_at_once_are_one_of_both(kind: str) -> None:
+    model = adapted(kind, "prompt", "p-mlp")
+    model.set_adapter(["prompt", "p-mlp"])
+    both = [model.get_adapter_state_dict(name)["prompt_embeddings"].detach() for name in ("prompt", "p-mlp")]
+    single = get_peft_model(make(kind), PromptTuningConfig(num_virtual_tokens=2 * N)).eval()
+    with torch.no_grad():
+        single._peft.record("default").parameters()[0].copy_(torch.cat(both))
+        given = given_to(kind, "prompt")
+        given.setdefault("labels", given["input_ids"])
+        torch.testing.assert_close(model(**given).logits, single(**given).logits, **CLOSE)
+    given.pop("labels")
+    assert torch.equal(model.generate(**given, **GREEDY), single.generate(**given, **GREEDY))
+
+
 @every
 def test_merging_is_refused(method: str) -> None:
     model = adapted("llama", method)

@@ -288,6 +288,22 @@ def test_one_prompt_per_row_of_equal_and_of_other_lengths() -> None:
                 torch.testing.assert_close(together[row][seen], alone[0][seen], **CLOSE)
 
 
+def test_an_adapter_of_some_rows_sees_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptConfig, "request_arguments", ("scale",))
+    model = make(PromptConfig(n=3), PromptConfig(n=3))
+    for name in "ab":
+        adapter = model._peft.adapters[name].adapters[0]
+        adapter.virtual_tokens = lambda batch, base, own=adapter: (
+            own.prompt * base.call.rows("scale", batch)[:, None, None]
+        )
+    names, scale = ["b", "a", "__base__", "a"], torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    together = model(ids(4), adapter_names=names, scale=scale)
+    for row, name in enumerate(names):
+        alone = model(ids(4)[row : row + 1], adapter_names=[name], scale=scale[row : row + 1])
+        torch.testing.assert_close(together[row], alone[0], **CLOSE)
+    assert not torch.allclose(together[1], model(ids(4)[1:2], adapter_names=["a"], scale=scale[:1])[0])
+
+
 def test_rows_that_cannot_have_their_own_are_refused() -> None:
     model = make(PromptConfig(n=3), PromptConfig(n=2))
     first, second = (model._peft.adapters[name].adapters[0] for name in "ab")
@@ -316,6 +332,12 @@ def test_kept_positions_and_the_mask_of_the_decoder() -> None:
     states, mask = torch.zeros(2, N + 5, WIDTH), torch.tensor([[1, 1, 1, 1, 0]] * 2)
     longer = adapter(Link(), ids(), encoder_hidden_states=states, encoder_attention_mask=mask)
     assert longer.tolist() == [[1, 1, 1, 1, 1, 1, 1, 0]] * 2
+    # One of two adapters that kept N positions each: the other's companion adds its own.
+    both = torch.zeros(2, 2 * N + 5, WIDTH)
+    once = adapter(Link(), ids(), encoder_hidden_states=both, encoder_attention_mask=mask)
+    assert torch.equal(once, longer)
+    twice = adapter(Link(), ids(), encoder_hidden_states=both, encoder_attention_mask=once)
+    assert twice.shape == (2, 2 * N + 5)
     # A mask that fits what the encoder returned is nobody's to extend.
     assert adapter(Link(), ids(), encoder_hidden_states=states[:, N:], encoder_attention_mask=mask) is mask
 

@@ -296,6 +296,7 @@ class EncoderMask(Adapter):
         n = seen.shape[1]
         if mask is None and isinstance(states, Tensor) and seen.shape[0] > 1:
             mask = torch.ones(states.shape[0], states.shape[1] - n, dtype=torch.long, device=states.device)
-        if isinstance(states, Tensor) and isinstance(mask, Tensor) and states.shape[1] == mask.shape[-1] + n:
+        # Longer still, where several adapters keep positions: each has a companion here.
+        if isinstance(states, Tensor) and isinstance(mask, Tensor) and states.shape[1] >= mask.shape[-1] + n:
             given["encoder_attention_mask"] = extended(mask, seen, rows=False, causal=False, where=self.layer.path)
         return base(**given)
