@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -235,6 +235,35 @@ class OnTheModel(Adapter):
         return out
 
 
+class FrozenDown(LowRank):
+    """Right: half of it is drawn at the start and stays."""
+
+    def __init__(self, layer: BaseLayer, config: ToyConfig) -> None:
+        super().__init__(layer, config)
+        self.down.requires_grad_(False)
+        self.register_buffer("sizes", torch.empty(config.r, dtype=self.down.dtype, device=self.down.device))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.sizes.uniform_(0.5, 1.5)
+
+    def delta(self, x: Tensor) -> Tensor:
+        return x @ as_compute(self.down * self.sizes, x) @ as_compute(self.up, x)
+
+    def weight_delta(self) -> Tensor:
+        return ((self.down * self.sizes) @ self.up).t()
+
+
+class Penalised(LowRank):
+    """Right: it adds a term to the loss."""
+
+    def losses(self) -> dict[str, Tensor]:
+        return {"size": self.penalty()}
+
+    def penalty(self) -> Tensor:
+        return self.down.square().sum()
+
+
 # -- each of these breaks one promise ----------------------------------------------------------------------------
 
 
@@ -379,6 +408,21 @@ class ReturnsNothing(LowRank):
         super().forward(base, *args, **kwargs)
 
 
+class PenaltyIsInfinite(Penalised):
+    def penalty(self) -> Tensor:
+        return (self.up * 0).sum().log()
+
+
+class PenaltyHasNoGradient(Penalised):
+    def penalty(self) -> Tensor:
+        return super().penalty().detach()
+
+
+class PenaltyIsATable(Penalised):
+    def penalty(self) -> Tensor:
+        return self.down.square()
+
+
 class DependsOnTheBatch(LowRank):
     """A form for many adapters at once that is not what each computes."""
 
@@ -424,6 +468,59 @@ class WholePlugin(Plugin):
         return [SiteRequest("")]
 
 
+class TrainingPlugin(Plugin):
+    """The right method, with groups, and with a step that does what it is told: by default, a right one."""
+
+    def __init__(
+        self, step: Callable[[LowRank], object] = lambda adapter: adapter.up.clamp_(-1, 1), lr: Any = 0.5
+    ) -> None:
+        super().__init__(LowRank)
+        self.step, self.lr = step, lr
+
+    @hookimpl
+    def peft_step(self, adapters: Mapping[str, LowRank], event: str) -> None:
+        if event == "after":
+            with torch.no_grad():
+                for adapter in adapters.values():
+                    self.step(adapter)
+
+    @hookimpl
+    def peft_param_groups(self, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+        return [{"params": [parameter], "lr": self.lr} for parameter in parameters.values()]
+
+
+class ForgetfulGroups(TrainingPlugin):
+    @hookimpl
+    def peft_param_groups(self, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+        return super().peft_param_groups(parameters)[1:]
+
+
+def new_parameter(adapter: LowRank) -> None:
+    adapter.up = nn.Parameter(adapter.up.clone())
+
+
+def write_into_the_base(adapter: LowRank) -> None:
+    adapter.layer.module.weight.mul_(1.01)
+
+
+class StepsBeside(LowRank):
+    """Wrong, if steps change it: a factor that acts and is not saved."""
+
+    factor = 1.0
+
+    def delta(self, x: Tensor) -> Tensor:
+        return super().delta(x) * self.factor
+
+    def weight_delta(self) -> Tensor:
+        return super().weight_delta() * self.factor
+
+
+class StepsBesidePlugin(TrainingPlugin):
+    @hookimpl
+    def peft_build(self, config: ToyConfig, layer: BaseLayer) -> Adapter:
+        return StepsBeside(layer, config)
+
+
 class PerTaskPlugin(Plugin):
     """A method that merges for one task."""
 
@@ -456,6 +553,14 @@ PLUGINS = SimpleNamespace(
     writing_config=Plugin(LowRank, config_class=WritingConfig),
     odd_name=Plugin(LowRank, config_class=OddConfig),
     per_task=PerTaskPlugin(PerTask, config_class=TaskConfig),
+    trains=TrainingPlugin(),
+    steps_replace=TrainingPlugin(new_parameter),
+    steps_write=TrainingPlugin(write_into_the_base),
+    steps_diverge=TrainingPlugin(lambda adapter: adapter.up.div_(0)),
+    steps_beside=StepsBesidePlugin(lambda adapter: setattr(adapter, "factor", 2.0)),
+    groups_forget=ForgetfulGroups(),
+    negative_lr=TrainingPlugin(lr=-1.0),
+    infinite_lr=TrainingPlugin(lr=float("inf")),
     whole=WholePlugin(OnTheModel, config_class=WholeConfig),
     **{
         name: Plugin(value)

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from contract_toys import PLUGINS
 from torch import nn
 
+from peft_core import MethodNotFoundError, load_method, register_method, unregister_method
 from peft_core.testing import MethodContract
 
 pytest_plugins = ["pytester"]
@@ -90,6 +92,9 @@ def run_suite(
         ("Doubling", {}),
         ("Centred", {"mergeable": False}),
         ("MergesRoughly", {}),
+        ("FrozenDown", {}),
+        ("Penalised", {}),
+        ("trains", {}),
         ("NormGain", {"layer_kinds": ("norm",)}),
         (
             "OnBlocks",
@@ -179,6 +184,16 @@ WRONG: dict[str, dict[str, str]] = {
     "StartsSomewhere": {"test_start_equals_base": "leaves the base's output unchanged"},
     "TakesAnyLayer": {"test_layer": "a layer the method does not adapt is refused with TargetError"},
     "BranchesOnValues": {"test_compile": "compiles into one graph"},
+    "PenaltyIsInfinite": {"test_loss_terms": "a term of the loss is finite\n.*size: -inf"},
+    "PenaltyHasNoGradient": {"test_loss_terms": "has a finite gradient for a tensor of the adapter\n.*size: none"},
+    "PenaltyIsATable": {"test_loss_terms": "a call in training gives the terms of the loss"},
+    "steps_replace": {"test_steps": r"the optimizer holds every tensor that trains\n.*'blocks.0.up.up'"},
+    "steps_write": {"test_steps": r"steps write nothing into the base\n.*'blocks.0.up.weight'"},
+    "steps_diverge": {"test_steps": r"every tensor of the adapter is finite\n.*'blocks.0.up::up'"},
+    "steps_beside": {"test_steps": "an adapter loaded after steps computes what the saved one computed"},
+    "groups_forget": {"test_parameter_groups": r"gives groups that an optimizer takes\n.*missing \['blocks.0.up.down'"},
+    "negative_lr": {"test_parameter_groups": r"learning rates and weight decays are finite numbers.*\n.*\(-1.0, 0.1\)"},
+    "infinite_lr": {"test_parameter_groups": r"learning rates and weight decays are finite numbers.*\n.*\(inf, 0.1\)"},
 }
 
 
@@ -259,7 +274,7 @@ def test_every_test_of_the_suite_fails_for_some_method() -> None:
 CALLED = (
     "peft_match", "peft_resolve", "peft_sites", "peft_structure", "peft_prepare", "peft_build", "peft_merge",
     "peft_state_key", "__init__", "reset_parameters", "delta", "accumulate", "weight_delta", "merge", "forward",
-    "forward_rows", "slots", "state", "load_state", "losses",
+    "forward_rows", "slots", "state", "load_state", "losses", "peft_step", "peft_param_groups",
 )  # fmt: skip
 
 
@@ -284,6 +299,18 @@ def test_wrong_methods_fail_nowhere_else(pytester: pytest.Pytester) -> None:
     outcome = run_suite(pytester, "MergesWrongly", selection=SLOW)
     assert set(outcome.failed) == {"test_merge_and_unmerge", "test_merge_and_unload", "test_layer_merges"}
     assert outcome.passed > 100
+
+
+def test_what_was_registered_before_is_there_again(pytester: pytest.Pytester) -> None:
+    """A module that registers its method may be proved: afterwards its own registration is in force."""
+    mine = register_method(PLUGINS.Gain)
+    try:
+        assert run_suite(pytester, "LowRank", ["test_active_adapter_changes_the_output"]).failed == {}
+        assert load_method("toy") is mine
+    finally:
+        unregister_method("toy")
+    with pytest.raises(MethodNotFoundError):
+        load_method("toy")
 
 
 def test_a_suite_without_config_says_so(pytester: pytest.Pytester) -> None:

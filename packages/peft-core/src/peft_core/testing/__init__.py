@@ -14,5 +14,6 @@ except ModuleNotFoundError as error:
 from .catalogue import CASES, KINDS, Case
 from .contract import MethodContract
 from .models import TinyNet
+from .setup import Setup
 
-__all__ = ["CASES", "KINDS", "Case", "MethodContract", "TinyNet"]
+__all__ = ["CASES", "KINDS", "Case", "MethodContract", "Setup", "TinyNet"]

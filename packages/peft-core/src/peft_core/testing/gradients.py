@@ -80,8 +80,8 @@ class Gradients(Setup):
             abs(by_autograd - by_difference) <= 1e-5 * max(1.0, abs(by_difference)),
             "gradients are the derivative of what the forward computes",
             f"autograd says {by_autograd:.8g}, finite differences say {by_difference:.8g}",
-            "Adapter.forward: a custom backward, or a .detach(); if detaching is the method's design, set "
-            "`exact_gradients = False`",
+            "Adapter.forward: a custom backward, a .detach(), or a cast to float32 (it rounds too much; cast "
+            "to the dtype of x or of the tensor); if detaching is the method's design, set `exact_gradients = False`",
         )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peft_core import methods
 from peft_core.config import AdapterConfig
 from peft_core.methods import register_method, unregister_method
 from peft_core.model import get_peft_model
@@ -109,12 +110,15 @@ class Setup:
         if self.plugin is None:
             yield
             return
+        before = dict(methods._registered)  # by the author's module itself, perhaps
         with promised("the method can be registered", "peft_config and the other hooks of `plugin`"):
             method = register_method(self.plugin, replace=True)
         try:
             yield
         finally:
             unregister_method(method.name)
+            if method.name in before:
+                methods._registered[method.name] = before[method.name]
 
     def base(self, dtype: torch.dtype = torch.float64) -> TinyNet:
         """A fresh base model, always with the same weights."""
@@ -262,6 +266,17 @@ def trained(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
             seen.add(id(parameter))
             found[f"{places.get(id(owner), 'shared')}.{attribute}"] = parameter
     return found
+
+
+def copy_tensors(source: nn.Module, target: nn.Module) -> None:
+    """Give adapter "a" of `target` all values of that of `source`, in its own dtypes, trained or not."""
+    one, other = record(source, "a"), record(target, "a")
+    pairs = (*zip(one.adapters, other.adapters, strict=True), (one.shared, other.shared))
+    with torch.no_grad():
+        for here, there in pairs:
+            values = {**dict(here.named_parameters()), **dict(here.named_buffers())}
+            for name, tensor in (*there.named_parameters(), *there.named_buffers()):
+                tensor.copy_(values[name])
 
 
 def tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
