@@ -13,7 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from peft_core import CheckpointError, ConfigError, PeftModel, RequestError, TargetError, get_peft_model
 from peft_prompt import (
@@ -143,6 +150,13 @@ def test_models_that_have_no_place_are_refused() -> None:
 def test_layers_of_llama_adapter(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(TargetError, match=rf"(?i){says}"):
         get_peft_model(make(), AdaptionPromptConfig(**fields))
+
+
+def test_attention_with_a_norm_behind_is_refused() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = RobertaForCausalLM(RobertaConfig(vocab_size=VOCABULARY, is_decoder=True, **sizes))
+    with pytest.raises(TargetError, match="layer.0.attention: it ends in a sum with its input and a norm"):
+        get_peft_model(model, AdaptionPromptConfig(adapter_len=N, adapter_layers=1))
 
 
 def test_layers_are_counted_from_the_top() -> None:

@@ -166,6 +166,7 @@ def test_llama_adapter_is_zero_init_attention(bias: bool) -> None:
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 ROTARY: dict[str, dict[str, Any]] = {
     "GPTJ": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4},
+    "CodeGen": {"n_embd": 16, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
     "GPTNeoX": SIZES,
     "Glm": {**SIZES, "num_key_value_heads": 2, "head_dim": 8},
     "Phi": SIZES,
@@ -178,6 +179,21 @@ ROTARY: dict[str, dict[str, Any]] = {
     | {"word_embed_proj_dim": 16},
     "GPTNeo": {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
 }
+
+
+def keys_by_hand(family: str, module: Any, prompt: Tensor) -> Tensor:
+    """W_k P of an attention module as (1, heads, K, size), without anything done to it."""
+    if family == "CodeGen":  # four groups, each of queries, values and keys
+        fused = module.qkv_proj(prompt).view(1, N, 4, 3, -1)
+        return fused[:, :, :, 2].reshape(1, N, module.num_attention_heads, -1).transpose(1, 2)
+    if hasattr(module, "query_key_value"):  # by head
+        return module.query_key_value(prompt).view(1, N, -1, 3, 4)[..., 1, :].transpose(1, 2)
+    if hasattr(module, "qkv_proj"):
+        return module.qkv_proj(prompt)[..., 16:24].view(1, N, 2, 4).transpose(1, 2)
+    module = getattr(module, "attention", module)  # GPT-Neo
+    found: Tensor = module.k_proj(prompt).view(1, N, -1, module.head_dim)
+    found = module.k_norm(found) if family in ("Qwen3", "Gemma3") else found
+    return found.transpose(1, 2)
 
 
 @pytest.mark.parametrize("family", ROTARY)
@@ -205,6 +221,8 @@ def test_prompts_have_no_position(family: str) -> None:
     for one in seen[1:]:
         for first, other in zip(seen[0]["pair"], one["pair"], strict=True):
             assert torch.equal(first, other)
+    by_hand = keys_by_hand(family, adapter.layer.module, adapter.adaption_prompt)
+    torch.testing.assert_close(seen[0]["pair"][0], by_hand, **CLOSE)
     # The same vectors in another order are the same keys in that order: nothing in them tells where they stand.
     order = torch.tensor([2, 0, 1])
     with torch.no_grad():

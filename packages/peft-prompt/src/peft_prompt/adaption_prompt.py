@@ -38,7 +38,7 @@ from .config import task_of
 UNPROJECTED = frozenset({"gpt2"})
 """Model types for which Hugging Face's library leaves W_o out, and files are trained that way."""
 
-SINE_FIRST = frozenset({"gptj"})
+SINE_FIRST = frozenset({"codegen", "gptj"})
 """Model types whose attention is given (sine, cosine) of the positions, not (cosine, sine)."""
 
 
@@ -99,7 +99,7 @@ def peft_sites(config: AdaptionPromptConfig, model: nn.Module) -> Sequence[SiteR
     paths = attention_paths(config, model)
     if config.adapter_layers > len(paths):
         raise TargetError(f"adapter_layers is {config.adapter_layers}; the model has {len(paths)} attention modules")
-    outputs = role_paths(model, "output")
+    outputs, norms = role_paths(model, "output"), role_paths(model, "attention_add_norm")
     kind = model_type_of(model)
     own: Any = model.config
     own = own.get_text_config() if hasattr(own, "get_text_config") else own
@@ -109,6 +109,10 @@ def peft_sites(config: AdaptionPromptConfig, model: nn.Module) -> Sequence[SiteR
         if last is None:
             raise TargetError(
                 f"{path}: which of its modules projects the attention's output (role output) is not known"
+            )
+        if any(norm.startswith(f"{path}.") for norm in norms):
+            raise TargetError(
+                f"{path}: it ends in a sum with its input and a norm, behind which a prompt cannot be added"
             )
         meta = {"output": last[len(path) + 1 :], "project": kind not in UNPROJECTED, "sine_first": kind in SINE_FIRST}
         meta["width"] = own.hidden_size
