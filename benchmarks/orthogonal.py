@@ -37,7 +37,7 @@ class OftFloor(nn.Module):
         super().__init__()
         self.base, self.series = base, use_cayley_neumann
         self.rows = nn.Parameter(torch.zeros(base.in_features // 32, 32 * 31 // 2))
-        self.upper: tuple[Tensor, Tensor] = tuple(torch.triu_indices(32, 32, 1))  # type: ignore[assignment]
+        self.upper = torch.triu_indices(32, 32, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         upper = self.rows.new_zeros(len(self.rows), 32, 32)

@@ -104,6 +104,19 @@ CASES = {
         "oft", Convolutions, {"target_modules": ["point", "grouped", "head"], "oft_block_size": 4}, pictures
     ),
     "oft-random": Case("oft", llama, {**ALL, "oft_block_size": 8, "init_weights": False}),
+    "oft-bias": Case(
+        "oft", Convolutions, {"target_modules": ["point", "head"], "oft_block_size": 4, "bias": "oft_only"}, pictures
+    ),
+    "oft-bias-all": Case(
+        "oft", Convolutions, {"target_modules": ["head"], "oft_block_size": 4, "bias": "all"}, pictures
+    ),
+    "boft-bias": Case(
+        "boft",
+        Convolutions,
+        {"target_modules": ["plane", "head"], "bias": "boft_only", "init_weights": False},
+        pictures,
+    ),
+    "boft-bias-all": Case("boft", Convolutions, {"target_modules": ["head"], "bias": "all"}, pictures),
     "boft-defaults": Case("boft", llama),
     "boft-all": Case("boft", llama, {**ALL, "boft_block_size": 8}),
     "boft-number": Case("boft", llama, {**ALL, "boft_block_size": 0, "boft_block_num": 4}),

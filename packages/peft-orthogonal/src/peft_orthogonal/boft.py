@@ -9,15 +9,17 @@ block-diagonal, as in OFT; with m = 1 + log₂(n / b) all features meet.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator
 from torch import Tensor, nn
 
+from peft_core.adapter import Adapter
+from peft_core.biases import bias_sites, is_bias, own_bias
 from peft_core.errors import CheckpointMismatchError
 from peft_core.hookspecs import hookimpl
-from peft_core.layers import BaseLayer, ConvLayer
+from peft_core.layers import BaseLayer, ConvLayer, SiteRequest
 
 from .adapter import RotationAdapter
 from .cayley import cayley, skew_part
@@ -35,7 +37,8 @@ class BOFTConfig(OrthogonalConfig):
         boft_n_butterfly_factor: m, the number of factors. b must divide the layer's inputs (times the kernel's size,
             for convolutions; in each group); for m > 1 it must be even, and the number of blocks divisible by 2^(m-1).
         boft_dropout: probability with which, in training, a block of any factor is the identity for a call.
-        bias: which of the base's biases are trained as well. Only "none" is there.
+        bias: which of the base's own biases are trained as well: "none", "all", or those of the targets ("boft_only").
+            The base keeps its biases; the adapter has its own.
         fan_in_fan_out: kept for files of other writers: how a layer stores its weight is seen from the layer.
         init_weights: True (R = I and s = 1), or False (A from N(0, 0.1), s from N(1, 0.1)).
         round_block_size: where the size or number of blocks does not fit, take the nearest one that does.
@@ -93,7 +96,14 @@ def peft_config() -> type[BOFTConfig]:
 
 
 @hookimpl
-def peft_build(config: BOFTConfig, layer: BaseLayer, shared: Any, tensors: Mapping[str, Tensor] | None) -> BOFT:
+def peft_sites(config: BOFTConfig, model: nn.Module, matched: Sequence[str]) -> list[SiteRequest]:
+    return bias_sites(config, model, matched)
+
+
+@hookimpl
+def peft_build(config: BOFTConfig, layer: BaseLayer, shared: Any, tensors: Mapping[str, Tensor] | None) -> Adapter:
+    if is_bias(layer):
+        return own_bias(layer)
     n = rotated_size(layer, "BOFT", embeddings=False)
     given = (tensors or {}).get("boft_R")
     factors = config.boft_n_butterfly_factor

@@ -24,3 +24,8 @@ class TestButterflies(MethodContract):
     config = BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3, init_weights=False, round_block_size=True)
     layer_kinds = LAYERS
     refused_cases = tuple(name for name in CASES if "groups" in name or "depthwise" in name)
+
+
+class TestBoftBiases(MethodContract):
+    config = BOFTConfig(boft_block_size=4, bias="boft_only", init_weights=False, round_block_size=True)
+    layer_kinds = LAYERS

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,9 +19,10 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from peft_core.adapter import Adapter
+from peft_core.biases import bias_sites, is_bias, own_bias
 from peft_core.errors import CheckpointError, ConfigError
 from peft_core.hookspecs import hookimpl
-from peft_core.layers import BaseLayer
+from peft_core.layers import BaseLayer, SiteRequest
 
 from .adapter import RotationAdapter
 from .cayley import cayley, cayley_series, skew_from_rows
@@ -43,7 +44,8 @@ class OFTConfig(OrthogonalConfig):
         oft_block_size: b, the size of a block, or 0 where `r` is given. It must divide the layer's inputs (times the
             kernel's size, for convolutions; in each group).
         module_dropout: probability with which, in training, a block is the identity for a call.
-        bias: which of the base's biases are trained as well. Only "none" is there.
+        bias: which of the base's own biases are trained as well: "none", "all", or those of the targets ("oft_only").
+            The base keeps its biases; the adapter has its own.
         fan_in_fan_out: kept for files of other writers: how a layer stores its weight is seen from the layer.
         init_weights: True (R = I), or False (N(0, 0.1), R is then some rotation).
         coft: constrained: ‖Q‖ ≤ eps / √(number of learned blocks) for each block's skew-symmetric matrix Q. The forward
@@ -167,7 +169,14 @@ def peft_config() -> type[OFTConfig]:
 
 
 @hookimpl
-def peft_build(config: OFTConfig, layer: BaseLayer, tensors: Mapping[str, Tensor] | None) -> OFT:
+def peft_sites(config: OFTConfig, model: nn.Module, matched: Sequence[str]) -> list[SiteRequest]:
+    return bias_sites(config, model, matched)
+
+
+@hookimpl
+def peft_build(config: OFTConfig, layer: BaseLayer, tensors: Mapping[str, Tensor] | None) -> Adapter:
+    if is_bias(layer):
+        return own_bias(layer)
     n = rotated_size(layer, "OFT", embeddings=True)
     given = next((tensor for name, tensor in (tensors or {}).items() if name.endswith("_R.weight")), None)
     if given is not None and given.dim() == 2:

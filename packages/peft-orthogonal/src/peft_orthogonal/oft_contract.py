@@ -32,3 +32,8 @@ class TestConstrained(MethodContract):
     config = OFTConfig(oft_block_size=4, coft=True, eps=0.5, round_block_size=True)
     layer_kinds = LAYERS
     exact_gradients = False  # by design the way back within the bound counts as no part of the function
+
+
+class TestOftBiases(MethodContract):
+    config = OFTConfig(oft_block_size=4, bias="all", round_block_size=True)
+    layer_kinds = LAYERS
