@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,9 +23,10 @@ from sybil import Document, Example
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
-from peft_core import methods
+from peft_core import AdapterConfig, SiteRequest, TargetedConfig, methods
 from peft_core.__main__ import main
 from peft_core.extensions import extensions
+from peft_core.testing import MethodContract, Setup
 from peft_core.testing.command import check_contract
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,6 +159,21 @@ def test_the_index_leads_to_every_page() -> None:
     linked = {((ROOT / "docs") / link).resolve() for link in re.findall(r"\]\(([\w/.-]+\.md)", read(PREAMBLE))}
     linked |= {((ROOT / "docs") / link).resolve() for link in re.findall(r"\]\(([\w/.-]+\.md)", read("docs/hooks.md"))}
     assert {ROOT / page for page in pages("docs/**/*.md")} - linked == {ROOT / PREAMBLE}
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("docs/contract.md", {name for name in dir(MethodContract) if name.startswith("test_")}),
+        ("docs/contract.md", set(Setup.__annotations__) | {"configure", "call_arguments", "randomize"}),
+        ("docs/configs.md", {*TargetedConfig.model_fields, *TargetedConfig.__annotations__}),
+        ("docs/configs.md", {*AdapterConfig.__annotations__, "refers_to", "trains_referred", "translate"}),
+        ("docs/configs.md", {field.name for field in fields(SiteRequest)}),
+    ],
+)
+def test_references_are_complete(page: str, names: set[str]) -> None:
+    told = set(re.findall(r"`(\w+)(?:\([^`]*\))?`", read(page)))
+    assert names - told == {"model_config"} & names  # pydantic's own
 
 
 def test_the_table_of_packages_is_complete() -> None:
