@@ -74,6 +74,7 @@ def few(pictures: Pictures, shots: int) -> tuple[Pictures, Pictures]:
 def transformer() -> Any:
     """About 100 thousand parameters: 4 × 4 patches, three blocks of width 64."""
     sizes: dict[str, Any] = {
+        "num_labels": 5,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 3,

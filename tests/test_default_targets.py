@@ -13,16 +13,19 @@ from peft_core.architectures import default_targets, role_names
 from peft_core.config import TargetedConfig
 from peft_ia3 import IA3Config
 from peft_lora import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig
+from peft_orthogonal import BOFTConfig, OFTConfig
 
 DATA: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "default_targets.json").read_text())
 
-# HF's tables of these two are copies of LoRA's.
-TABLES = {"loha": "lora", "lokr": "lora"}
+# HF's tables of these are copies of LoRA's.
+TABLES = dict.fromkeys(("loha", "lokr", "oft", "boft"), "lora")
 METHODS: list[tuple[str, type[TargetedConfig]]] = [
     ("lora", LoraConfig),
     ("adalora", AdaLoraConfig),
     ("loha", LoHaConfig),
     ("lokr", LoKrConfig),
+    ("oft", OFTConfig),
+    ("boft", BOFTConfig),
     ("ia3", IA3Config),
 ]
 
@@ -56,6 +59,8 @@ def test_feed_forward_layers_are_those_of_hf(model_type: str) -> None:
         ("lora", constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING),
         ("loha", constants.TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING),
         ("lokr", constants.TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING),
+        ("oft", constants.TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING),
+        ("boft", constants.TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING),
         ("adalora", constants.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING),
         ("ia3", constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING),
         ("ia3_feedforward", constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING),
