@@ -67,7 +67,7 @@ def check_contract(name: str, config: str | None = None, *, select: str = "", tr
         print(f"{method.label}: as {', '.join(classes)} of its package say")
     else:
         classes = _probed(method, fields)
-    return _run(classes, select, tracebacks)
+    return run(classes, select, tracebacks)
 
 
 def _fields(text: str | None) -> dict[str, Any]:
@@ -175,7 +175,8 @@ class _Outcomes:
             print(f"\nFAILED {kind}.{test}{where}\n  {seen[0][1].strip()}")
 
 
-def _run(classes: Mapping[str, type[MethodContract]], select: str, tracebacks: bool) -> bool:
+def run(classes: Mapping[str, type[MethodContract]], select: str = "", tracebacks: bool = False) -> bool:
+    """Run contract classes, by name, under pytest in this process, and print what failed."""
     outcomes, start = _Outcomes(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, _alone():
         # Settings of its own: those of a project that happens to be around must not change what is proved.
