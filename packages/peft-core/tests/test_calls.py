@@ -856,3 +856,10 @@ def test_seeded_tensors_are_copied_and_moved() -> None:
 def test_other_numbers_are_refused() -> None:
     with pytest.raises(CheckpointMismatchError, match=r"adapter 'a'.*shape \(3, 2\).*not the one of the file"):
         Seeded((3, 2), 7).check(Seeded((3, 2), 8).checksum, "a")
+
+
+def test_terms_are_scalars() -> None:
+    call = Call({}, {})
+    with pytest.raises(RequestError, match=r"'spread' is a tensor of shape \(2,\).*a term is a scalar"):
+        call.add_loss("spread", torch.ones(2))
+    assert call.losses == {}

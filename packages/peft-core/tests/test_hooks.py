@@ -315,6 +315,30 @@ def test_hook_peft_calibrate(method):
     assert digest(base) == before
 
 
+def test_calibration_is_never_misaligned(method):
+    """Batches that can be read once are read once; what a batch and its inputs are is asked together."""
+    seen = []
+
+    def peft_calibrate(config, layers, batches):
+        for batch in batches:
+            found = batches.inputs_of(batch, layers)
+            seen.append((batch, found["layers.0.up"].shape))
+        if config.scale != 1:
+            list(batches.inputs(layers))
+        tensors = {"layers.0.up": {"v": torch.full((8,), float("nan"))}} if config.scale == 3 else {}
+        return AdapterState(config, tensors)
+
+    config_class = method(peft_calibrate=peft_calibrate)
+    get_peft_model(net(), config_class(target_modules=["layers.0.up"]), calibration=(IDS[:n] for n in (1, 2)))
+    assert [(len(batch), shape[0]) for batch, shape in seen] == [(1, 1), (2, 2)]
+    again = config_class(target_modules=["layers.0.up"], scale=2.0)
+    with pytest.raises(ConfigError, match="a second time, but they come from a generator"):
+        get_peft_model(net(), again, calibration=(IDS for _ in range(2)))
+    get_peft_model(net(), again, calibration=[IDS])
+    with pytest.raises(TargetError, match="layers.0.up.v: the start holds numbers that are not finite"):
+        get_peft_model(net(), config_class(target_modules=["layers.0.up"], scale=3.0), calibration=[IDS])
+
+
 def test_hook_peft_combine(method):
     def peft_combine(sources, how, options):
         if how != "sum":

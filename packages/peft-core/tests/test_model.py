@@ -315,3 +315,13 @@ def test_the_base_and_the_adapters_by_path():
     assert list(model.get_adapters("other")) == ["classifier"]
     with pytest.raises(AdapterNotFoundError):
         model.get_adapters("nobody")
+
+
+def test_shared_is_not_there_while_an_adapter_is_built():
+    adapter = get_peft_model(net(), UP_DOWN).get_adapters()["layers.0.up"]
+    bare = type(adapter)(adapter.layer, UP_DOWN)
+    with pytest.raises(AttributeError, match="use the argument `shared` of peft_build"):
+        _ = bare.shared
+    with pytest.raises(AttributeError, match="has no attribute 'shraed'"):
+        _ = bare.shraed
+    assert adapter.layer.buffer(2, 3).shape == (2, 3)

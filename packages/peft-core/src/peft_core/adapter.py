@@ -53,6 +53,13 @@ class Adapter(nn.Module):
         super().__init__()
         self.layer = layer
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "shared":
+            raise AttributeError(
+                f"{type(self).__name__}.shared is set after __init__; there, use the argument `shared` of peft_build"
+            )
+        return super().__getattr__(name)
+
     def reset_parameters(self) -> None:
         """Give every parameter its starting value."""
 
@@ -165,14 +172,23 @@ class DeltaAdapter(Adapter):
 
     def weight_delta(self) -> Tensor:
         """What the adapter adds to the weight, in the weight's orientation (output rows first)."""
-        raise MergeError(f"{self.layer.path}: {type(self).__name__} has no weight delta, so it cannot be merged")
+        raise MergeError(
+            f"{self.layer.path}: {type(self).__name__} has no weight delta, so it cannot be merged; its author "
+            "may define weight_delta()"
+        )
 
     def accumulate(self, out: Tensor, x: Tensor) -> Tensor:
         """`out + delta(x)`; override where the sum can be fused with the last product."""
         return out + self.delta(x)
 
+    def added(self, out: Tensor, x: Tensor) -> Tensor:
+        """`accumulate` for input of the layer's own shape: a linear layer's deltas see flat rows."""
+        if self.layer.kind != "linear" or x.dim() < 3:
+            return self.accumulate(out, x)
+        return self.accumulate(out.flatten(0, -2), x.flatten(0, -2)).reshape(out.shape)
+
     def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
-        return self.accumulate(base(*args, **kwargs), args[0])
+        return self.added(base(*args, **kwargs), args[0])
 
     def merge(self, params: Params) -> Params:
         weight = params["weight"]

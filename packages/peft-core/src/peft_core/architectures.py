@@ -30,7 +30,7 @@ from torch import nn
 from .errors import ConfigError, TargetError
 from .patterns import NameMatcher
 from .suggest import did_you_mean
-from .tree import walk
+from .tree import base_modules, walk
 
 Roles = Mapping[str, tuple[str, ...]]
 
@@ -292,19 +292,23 @@ def role_paths(model: nn.Module, role: str) -> tuple[str, ...]:
 
     A fused layer stands in for the parts it computes. A module that the names of several roles fit plays the one
     whose name is the longest ("attention.output.dense" rather than "output.dense"), or all of equal length. Paths
-    are those of the base, whatever adapters the model carries, and each module has one.
+    are those of the base, whatever adapters the model carries, and each module has one. `block` is each single module
+    of the list that plays `blocks`.
 
     Raises:
         TargetError: what the modules of this model type are called is not known.
         ConfigError: no model type has such a role.
     """
+    if role == "block":
+        lists = [(path, base_modules(model)[path]) for path in role_paths(model, "blocks")]
+        return tuple(f"{path}.{name}" for path, blocks in lists for name, _ in blocks.named_children())
     model_type = model_type_of(model)
     table = architecture(model_type) if model_type else None
     if table is None:
         about = f"the model type {model_type!r}" if model_type else f"a {type(model).__name__} without a model type"
         raise TargetError(
             f"what the modules of {about} are called is not known. Tell it with the hook peft_architectures, in an "
-            "extension or with peft_core.extensions.extensions.register, or name the modules themselves"
+            "extension or with peft_core.register_extension, or name the modules themselves"
         )
     played = role if role in table else FUSED.get(role, role)
     if played not in table or played == "within":
@@ -327,6 +331,13 @@ def role_paths(model: nn.Module, role: str) -> tuple[str, ...]:
         if length >= 0 and not any(size > length and name.matches(path) for own, size, name in names if not own):
             found.setdefault(id(module), path)
     return tuple(found.values())
+
+
+def missing_roles(config_class: type[Any], model_type: str | None) -> list[str]:
+    """The class's default roles that a known model type does not have."""
+    table = architecture(model_type) if model_type else None
+    roles = getattr(config_class, "default_roles_for", {}).get(model_type, getattr(config_class, "default_roles", ()))
+    return [role for role in roles if not (table is None or table.get(role) or table.get(FUSED.get(role, "")))]
 
 
 def default_targets(config_class: type[Any], model_type: str | None) -> str | tuple[str, ...] | None:

@@ -26,10 +26,20 @@ class Batches:
         self.model = model
         self._batches = batches
         self._name = name
+        self._spent = False
 
     def __iter__(self) -> Iterator[Any]:
+        """The user's batches, as they are. Raises `ConfigError` for a second pass over what can be read once only."""
         from tqdm.auto import tqdm
 
+        if isinstance(self._batches, Iterator):
+            if self._spent:
+                raise ConfigError(
+                    f"calibration of adapter {self._name!r} goes over the batches a second time, but they come from a "
+                    "generator or another iterator, which can be read once; give a list or a DataLoader (a method that "
+                    "needs a batch and its inputs together takes `batches.inputs_of(batch, layers)`)"
+                )
+            self._spent = True
         yield from tqdm(self._batches, desc=f"Calibrating {self._name}", unit="batch", leave=False, disable=None)
 
     def run(self, batch: Any) -> Any:
@@ -41,21 +51,25 @@ class Batches:
     def inputs(self, layers: Sequence[BaseLayer]) -> Iterator[dict[str, Tensor]]:
         """For each batch, the first argument of each layer's call, by path; without gradients.
 
-        A layer that a batch does not reach is left out; of several calls the last one counts.
+        A layer that a batch does not reach is left out; of several calls the last one counts. Where the batch itself is
+        needed too (its mask, say), iterate the batches and ask `inputs_of`.
         """
+        for batch in self:
+            yield self.inputs_of(batch, layers)
+
+    def inputs_of(self, batch: Any, layers: Sequence[BaseLayer]) -> dict[str, Tensor]:
+        """The same for one batch."""
         seen: dict[str, Tensor] = {}
         handles = []
         try:
             for layer in layers:
                 handles.append(layer.module.register_forward_pre_hook(_keep_input(seen, layer.path), with_kwargs=True))
-            for batch in self:
-                seen.clear()
-                with torch.no_grad():
-                    self.run(batch)
-                yield dict(seen)
+            with torch.no_grad():
+                self.run(batch)
         finally:
             for handle in handles:
                 handle.remove()
+        return seen
 
     def gradients(
         self, layers: Sequence[BaseLayer], each: Callable[[str, Tensor], None] | None = None

@@ -96,6 +96,7 @@ class Call:
                 f"the loss term {name!r} is computed where no gradients are recorded, so it would not train; use "
                 "activation checkpointing with use_reentrant=False"
             )
+        check_term(name, value)
         self.losses[name] = self.losses[name] + value if name in self.losses else value
 
     _expects_gradients = False
@@ -115,6 +116,15 @@ class Call:
         other = copy.copy(self)
         other.scratch, other.losses, other._expects_gradients = {}, {}, False
         return other
+
+
+def check_term(name: str, value: Tensor) -> None:
+    """Raise `RequestError` for a term that is no scalar: the loss would be none either."""
+    if value.dim() or not value.is_floating_point():
+        raise RequestError(
+            f"the loss term {name!r} is a tensor of shape {tuple(value.shape)} and dtype {value.dtype}; a term is a "
+            "scalar: sum it, or take its mean"
+        )
 
 
 def _length(cache: Any) -> int:

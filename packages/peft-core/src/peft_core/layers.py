@@ -168,6 +168,10 @@ class BaseLayer:
         """An uninitialised trainable parameter on this layer's device, in the adapter's dtype."""
         return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
 
+    def buffer(self, *shape: int) -> Tensor:
+        """An uninitialised tensor that does not train, likewise, for `register_buffer`."""
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
     def refuse(self, reason: str) -> TargetError:
         """The error that says this layer cannot be adapted, and why."""
         return TargetError(f"{self.path or 'the model itself'} ({type(self.module).__name__}): {reason}")

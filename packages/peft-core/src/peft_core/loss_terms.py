@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .adapter import Adapter
+from .calls import check_term
 from .errors import add_note
 from .records import PeftState
 from .routing import Request
@@ -20,6 +21,7 @@ def terms_of(state: PeftState, request: Request) -> dict[str, Tensor]:
         record = state.adapters.get(name)  # another thread may have deleted it
         for adapter in record.with_losses if record else ():
             for term, value in _losses_of(adapter, name).items():
+                check_term(term, value)
                 found[term] = found[term] + value if term in found else value
     for term, value in (request.call.losses if request.call else {}).items():
         found[term] = found[term] + value if term in found else value

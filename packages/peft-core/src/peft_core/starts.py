@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hook_results
+from .adapter_file import all_finite
 from .calibration import Batches, undisturbed
 from .config import AdapterConfig
 from .errors import ConfigError, TargetError
@@ -50,7 +51,9 @@ Parts = Callable[[str, Tensor], Iterable[tuple[nn.Module, str, Tensor]]]
 def put(
     values: Mapping[str, Tensor], slots: Mapping[str, tuple[nn.Module, str]], where: str, parts: Parts | None = None
 ) -> None:
-    """Write values over what some slots hold. Raises `TargetError` for unknown slots and other shapes.
+    """Write values over what some slots hold.
+
+    Raises `TargetError` for unknown slots, other shapes, and numbers that are not finite.
 
     `parts` is `Adapter.parts`; without it each slot is one tensor.
     """
@@ -63,6 +66,8 @@ def put(
             raise TargetError(
                 f"{where}.{slot}: the start has shape {tuple(value.shape)}, the adapter {tuple(tensor.shape)}"
             )
+        if not all_finite(value):
+            raise TargetError(f"{where}.{slot}: the start holds numbers that are not finite (NaN or infinity)")
         if not tensor.is_meta:
             with torch.no_grad():
                 for inner, name, part in parts(slot, value) if parts else ((owner, attribute, value),):

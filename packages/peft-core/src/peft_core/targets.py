@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .architectures import default_targets, model_type_of
+from .architectures import default_targets, missing_roles, model_type_of
 from .config import AdapterConfig
 from .extensions import extensions
 from .hook_results import call_extensions
@@ -179,8 +179,10 @@ class _Selector:
         elif "target_modules" in type(self.config).model_fields:
             model_type = model_type_of(self.model)
             about = f"the model type {model_type!r}" if model_type else f"a {type(self.model).__name__}"
+            missing = missing_roles(type(self.config), model_type)
+            why = f" (its default_roles name {missing[0]!r}, which that type does not have)" if missing else ""
             self.result.problems.append(
-                f"target_modules is not given, and {type(self.config).__name__} has no default for {about}. "
+                f"target_modules is not given, and {type(self.config).__name__} has no default for {about}{why}. "
                 f"Give names of modules (target_modules=[...]), give target_modules={ALL_LINEAR!r}, or tell "
                 "what the model type's modules are called with the hook peft_architectures."
             )
