@@ -255,10 +255,33 @@ def test_text_and_zero_starts_are_theirs(tmp_path: Path) -> None:
     for file in tmp_path.glob("tokenizer*"):
         file.unlink()
     assert peft.PeftModel.from_pretrained(MODELS["llama"][0](), tmp_path / "ours")
+    for name in (None, "somewhere"):  # a tokenizer of one's own: its tokens are not in the file
+        own = tokenizer()
+        own.name_or_path = name or ""
+        given = {**fields, "tokenizer_name_or_path": own, "num_virtual_tokens": N}
+        model = get_peft_model(MODELS["llama"][0](), peft_prompt.PromptTuningConfig(**given))
+        assert torch.equal(model.get_adapter_state_dict()["prompt_embeddings"], mine[:N])
+        model.save_pretrained(tmp_path / "own")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # about fields that they do not know
+            found = peft.PeftConfig.from_pretrained(str(tmp_path / "own"))
+        assert (found.tokenizer_name_or_path, found.prompt_tuning_init) == (name, "TEXT" if name else "RANDOM")
     for projected in (False, True):
         config = peft_prompt.PrefixTuningConfig(num_virtual_tokens=N, prefix_projection=projected, init_weights="zero")
         zero = get_peft_model(MODELS["llama"][0](), config, "z").get_adapter_state_dict("z")["prompt_embeddings"]
         assert not zero.any()
+
+
+def test_their_enums_are_strings_here() -> None:
+    config = peft_prompt.PromptTuningConfig(prompt_tuning_init=peft.PromptTuningInit.SAMPLE_VOCAB)
+    assert config.prompt_tuning_init == "SAMPLE_VOCAB"
+    kind = peft.PromptEncoderReparameterizationType.LSTM
+    assert (
+        peft_prompt.PromptEncoderConfig(encoder_reparameterization_type=kind).encoder_reparameterization_type == "LSTM"
+    )
+    kind = peft.MultitaskPromptTuningInit.ONLY_SOURCE_SHARED
+    config = peft_prompt.MultitaskPromptTuningConfig(prompt_tuning_init=kind, prompt_tuning_init_state_dict_path="x")
+    assert config.to_dict()["prompt_tuning_init"] == "ONLY_SOURCE_SHARED"
 
 
 def test_sizes_that_are_left_open_are_theirs() -> None:

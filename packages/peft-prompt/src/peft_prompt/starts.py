@@ -64,6 +64,13 @@ class StartConfig(PromptLearningConfig):
             raise ValueError("a config cannot ask for trust_remote_code; load the tokenizer yourself and give it here")
         return self
 
+    def beside_tensors(self, *, inference_mode: bool | None = None) -> dict[str, Any]:
+        """The config in an adapter's file, without token ids, which no other reader knows and none needs."""
+        data = super().beside_tensors(inference_mode=inference_mode)
+        if data.pop("prompt_tuning_init_ids", None) is not None and not self.tokenizer_name_or_path:
+            data["prompt_tuning_init"] = "RANDOM"  # others refuse a text without the name of a tokenizer
+        return data
+
     @classmethod
     def starts(cls) -> tuple[str, ...]:
         """What `prompt_tuning_init` may be."""
