@@ -106,7 +106,7 @@ CONTRACTS = "activations additive banks calibration combination losses norms-and
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [*CONTRACTS.split(), "training", "weight-space"])
+@pytest.mark.parametrize("page", [*CONTRACTS.split(), "prompts", "training", "weight-space"])
 def test_the_method_of_a_page_keeps_the_contract(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,7 +125,7 @@ def test_the_method_of_a_page_keeps_the_contract(
     for value in written:
         assert run({value.__name__: value}), capsys.readouterr().out
     found = set(methods._registered) - before - {type(value.config).peft_type.lower() for value in written}
-    assert found
+    assert found or written
     for name in found:
         assert check_contract(name), capsys.readouterr().out
 
