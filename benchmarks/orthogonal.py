@@ -120,11 +120,11 @@ def step(case: str, dtype: torch.dtype, repeats: int) -> str:
 
     seconds = times({name: partial(backward, model) for name, model in models.items()}, repeats)
     sites = sum(isinstance(m, nn.Linear) for m in plain.modules()) - 1
-    base_operations, base_bytes = operations(partial(forward, plain)), kept_for_backward(partial(forward, plain))
+    base_operations, base_bytes = operations(partial(forward, plain)), kept_for_backward(partial(forward, plain), plain)
     rows = []
     for name, model in models.items():
         extra = (operations(partial(forward, model)) - base_operations) / sites
-        kept = (kept_for_backward(partial(forward, model)) - base_bytes) / sites / 1024
+        kept = (kept_for_backward(partial(forward, model), model) - base_bytes) / sites / 1024
         rows.append([name, f"{seconds[name] / seconds['base']:.2f}", f"{extra:.1f}", f"{kept:.0f}"])
     title = f"{case}, training step, {str(dtype).removeprefix('torch.')}"
     return table(title, ["", "time / base", "extra operations per layer", "extra KiB kept per layer"], rows)
