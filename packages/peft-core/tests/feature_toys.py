@@ -60,7 +60,8 @@ class AllAdapter(Adapter):
         if self.layer.path:
             for name in self.config.others:
                 out = base.through(name, *args, out=out, **kwargs)
-            return out * self.gain[base.call.rows("task_ids", len(out))] + self.shared.bias
+            gain = self.gain[base.call.rows("task_ids", len(out))]
+            return out * gain.view(-1, *[1] * (out.dim() - 1)) + self.shared.bias
         out["logits"] = out["logits"] * self.gain[0] + self.shared.bank.value[0]
         return out
 

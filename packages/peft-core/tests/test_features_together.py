@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from feature_toys import ALL, BATCHES, BUILT, Net, X, Y, adapted, built, feature_toys, gated, net, plain, two
+from feature_toys import ALL, BATCHES, BUILT, AllConfig, Net, X, Y, adapted, built, feature_toys, gated, net, plain, two
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from toys import SumAdapter, plugin
+from toys import GainConfig, SumAdapter, SumConfig, plugin, randomise
 
 from peft_core import (
     Adapter,
@@ -35,6 +35,9 @@ from peft_core import (
     register_method,
     unregister_method,
 )
+from peft_core.overrides import extra_positions
+from peft_core.routing import remembers
+from peft_core.site import Site
 from peft_core.training import drive
 
 MAKERS = pytest.mark.parametrize("make", [adapted, built, gated, two])
@@ -378,3 +381,62 @@ def test_data_are_not_run_through_a_model_that_is_not_built_yet() -> None:
     with pytest.raises(TargetError, match="changes the model's build, so data cannot be run through it"):
         get_peft_model(net(), BUILT, calibration=BATCHES)
     get_peft_model(net(), ALL, calibration=BATCHES)
+
+
+def test_blocks_of_a_changed_build_know_whose_call_they_recompute() -> None:
+    model = net()
+    for block in model.layers:
+        block._gradient_checkpointing_func = checkpoint
+    get_peft_model(model, BUILT)
+    functions = [block._gradient_checkpointing_func for block in model.layers]
+    assert [remembers(function) for function in functions] == [checkpoint, checkpoint]
+    assert checkpoint not in functions
+    model.unload()
+    assert [block._gradient_checkpointing_func for block in model.layers] == [checkpoint, checkpoint]
+
+
+def test_deltas_of_linear_layers_see_flat_rows_everywhere() -> None:
+    """Alone, per row, before another adapter, and as part of a gate."""
+    seen: list[int] = []
+
+    class Seen(SumAdapter):
+        def delta(self, x: Tensor) -> Tensor:
+            seen.append(x.dim())
+            return super().delta(x)
+
+    class SeenConfig(SumConfig):
+        peft_type: ClassVar[str] = "TOYSEEN"
+
+    name = register_method(plugin(SeenConfig, Seen), replace=True).name
+    try:
+        model = get_peft_model(net(), SeenConfig(target_modules=["layers.0.down"]), "a")
+        model.add_adapter("b", SeenConfig(target_modules=["layers.0.down"]))
+        model.add_adapter("gate", AllConfig(target_modules=["layers.0.down"], others=("a", "b")))
+        model.add_adapter("gain", GainConfig(target_modules=["layers.0.down"]))
+        randomise(model, "a")
+        x = torch.randn(2, 3, 4)
+        rows = torch.stack([model(row)["logits"] for row in x])
+        # Sums of four and eight products in another order.
+        torch.testing.assert_close(model(x)["logits"], rows, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(x, adapter_names=["a", "b"])["logits"][0], rows[0], rtol=1e-5, atol=1e-5)
+        model.set_adapter(["a", "gain"])
+        torch.testing.assert_close(model(x)["logits"], rows, rtol=1e-5, atol=1e-5)
+        model.set_adapter("gate")
+        rows = torch.stack([model(row, task_ids=0)["logits"] for row in x])
+        torch.testing.assert_close(model(x, task_ids=0)["logits"], rows, rtol=1e-5, atol=1e-5)
+    finally:
+        unregister_method(name)
+    assert set(seen) == {2} and len(seen) >= 7
+
+
+def test_sites_may_come_while_positions_are_counted(monkeypatch: Any) -> None:
+    model = adapted()
+    state = model._peft
+    chain = Site.chain
+
+    def adding(site: Site, active: tuple[str, ...]) -> Any:
+        state.sites[f"new {len(state.sites)}"] = site
+        return chain(site, active)
+
+    monkeypatch.setattr(Site, "chain", adding)
+    assert extra_positions(state) == 0

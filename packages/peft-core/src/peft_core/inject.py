@@ -14,6 +14,7 @@ from .recorders import give_back
 from .records import PeftState
 from .root import RootSite
 from .site import Site
+from .subclass import remember_checkpoints
 from .transaction import Undo
 from .tree import Tree, walk
 
@@ -22,7 +23,7 @@ def attach(model: nn.Module, state: PeftState, draft: Draft, undo: Undo) -> None
     """Put a draft's adapters at their sites and record them; `undo` learns how to take it back."""
     record = draft.record
     if record.structure is not None:
-        _rebuild(model, draft, undo)
+        _rebuild(model, state, draft, undo)
     for layer, adapter in zip(draft.layers, record.adapters, strict=True):
         path = layer.request.path
         site = state.sites.get(path)
@@ -83,7 +84,7 @@ def detach(model: nn.Module, state: PeftState, name: str, undo: Undo) -> None:
     state.note_adapters()
 
 
-def _rebuild(model: nn.Module, draft: Draft, undo: Undo) -> None:
+def _rebuild(model: nn.Module, state: PeftState, draft: Draft, undo: Undo) -> None:
     """Put the structure's modules at their places, frozen as the base is."""
     record, structure = draft.record, draft.record.structure
     assert structure is not None
@@ -99,6 +100,7 @@ def _rebuild(model: nn.Module, draft: Draft, undo: Undo) -> None:
         replaced.append((parent, attribute, parent._modules[attribute]))
         undo.keep(parent._modules)
         parent._modules[attribute] = module
+        remember_checkpoints(module, state.routing)
     config: Any = model.config if structure.config else None
     record.replaced = replaced  # type: ignore[assignment]
     record.config_before = {name: getattr(config, name) for name in structure.config}

@@ -87,7 +87,7 @@ class Link:
         chain = self._chain_of(name)
         if out is not None and len(args) == 1 and not kwargs and all(adapter.additive for adapter in chain):
             for adapter in chain:
-                out = adapter.accumulate(out, args[0])  # type: ignore[operator]
+                out = adapter.added(out, args[0])  # type: ignore[operator]
             return out
         known = None if out is None else Known(self.inner, args, kwargs, out)
         return Link(self._site, self.inner + chain, self.request, known)(*args, **kwargs)
@@ -103,7 +103,7 @@ class Link:
         if len(args) == 1 and not kwargs and all(adapter.additive for adapter in chain):
             found = torch.zeros_like(out)
             for adapter in chain:
-                found = adapter.accumulate(found, args[0])  # type: ignore[operator]
+                found = adapter.added(found, args[0])  # type: ignore[operator]
             return found
         known = Known(self.inner, args, kwargs, out)
         whole: Tensor = Link(self._site, self.inner + chain, self.request, known)(*args, **kwargs)

@@ -97,7 +97,7 @@ def extra_positions(state: PeftState) -> int:
     chosen = [request.active] if request.rows is None else [(name,) for name in dict.fromkeys(request.rows)]
     found = [
         sum(getattr(adapter, "extra_positions", 0) for adapter in site.chain(active))
-        for site in state.sites.values()
+        for site in list(state.sites.values())  # another thread may add one
         for active in chosen
     ]
     return max(found, default=0)

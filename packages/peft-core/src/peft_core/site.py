@@ -152,7 +152,7 @@ class Site(nn.Module):
                 if chain:
                     part, x = out.index_select(dim, rows), first.index_select(dim, rows)
                     for adapter in chain:
-                        part = adapter.accumulate(part, x)  # type: ignore[operator]
+                        part = adapter.added(part, x)  # type: ignore[operator]
                     out = out.index_copy(dim, rows, part)
             return out
         if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
