@@ -17,6 +17,8 @@ from contract_toys import PLUGINS, ToyConfig
 import peft_core
 from peft_core import register_method, unregister_method
 from peft_core.__main__ import main
+from peft_core.testing import MethodContract
+from peft_core.testing.command import run as run_classes
 from peft_core.testing.probe import Findings, probe
 
 HERE = Path(__file__).parent
@@ -104,6 +106,36 @@ def test_a_wrong_method_fails(toy: Any, capsys: pytest.CaptureFixture[str]) -> N
     assert "\n  look at: Adapter.reset_parameters (start values); or set `starts_as_base = False`" in said
     assert re.search(r"FAILED TestToy.test_layer \[linear, linear-no-bias, [^]]*\]\n  promise: linear: an", said)
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("toy", ["ReturnsNothing"], indirect=True)
+def test_one_fault_is_told_once(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every test that calls the model fails, on what the base makes of None: one message."""
+    # `probe` cannot run it either; told what it adapts, the suite goes on.
+    suite = type("TestToy", (MethodContract,), {"config": toy()})
+    select = "start_equals or disabled or deepcopy or pickle or state_keys"
+    assert not run_classes({"TestToy": suite}, select)
+    said = capsys.readouterr().out
+    assert said.count("\nFAILED ") == 1, said
+    assert re.search(
+        r"FAILED TestToy.test_\w+\n  and 3 more with what is seen here:\n(    test_\w+\n){3}  promise: ", said
+    )
+    assert "1 checks passed, 4 failed" in said
+
+
+@pytest.mark.parametrize("toy", ["MergesWrongly"], indirect=True)
+def test_different_faults_are_told_apart(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = type("TestToy", (MethodContract,), {"config": toy()})
+    assert not run_classes({"TestToy": suite}, "merge_and_unmerge or merge_and_unload")
+    assert capsys.readouterr().out.count("\nFAILED ") == 2
+
+
+@pytest.mark.parametrize("toy", ["BranchesOnValues"], indirect=True)
+def test_the_log_of_the_compiler_is_not_shown(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = type("TestToy", (MethodContract,), {"config": toy()})
+    assert not run_classes({"TestToy": suite}, "test_compile", tracebacks=True)
+    said = capsys.readouterr().out
+    assert "compiles into one graph" in said and "torch.__trace" not in said
 
 
 @pytest.mark.parametrize("toy", ["LowRank"], indirect=True)

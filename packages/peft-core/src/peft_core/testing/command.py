@@ -168,11 +168,29 @@ class _Outcomes:
             self.failed.setdefault(("collection", report.nodeid), []).append(("", str(report.longrepr)))
 
     def print(self) -> None:
+        """Each test once, and tests that fail by one fault together: the author is led to it, not buried."""
+        together: dict[tuple[str, str], list[str]] = {}
+        messages: dict[tuple[str, str], str] = {}
         for (kind, test), seen in self.failed.items():
             cases = [case for case, _ in seen if case]
             more = f" and {len(cases) - _SHOWN_CASES} more" if len(cases) > _SHOWN_CASES else ""
             where = f" [{', '.join(cases[:_SHOWN_CASES])}{more}]" if cases else ""
-            print(f"\nFAILED {kind}.{test}{where}\n  {seen[0][1].strip()}")
+            key = (kind, _fault(seen[0][1]))
+            together.setdefault(key, []).append(test + where)
+            messages.setdefault(key, seen[0][1].strip())
+        for (kind, fault), tests in together.items():
+            names = tests[0] if len(tests) == 1 else f"{tests[0]}\n  and {len(tests) - 1} more with what is seen here:"
+            others = "".join(f"\n    {name}" for name in tests[1:])
+            print(f"\nFAILED {kind}.{names}{others}\n  {messages[kind, fault]}")
+
+
+def _fault(message: str) -> str:
+    """What failures by one fault have in common: what was seen, and where to look, whatever the promise."""
+    seen = re.search(r"^  seen: .*", message, re.MULTILINE | re.DOTALL)
+    raised = re.search(r"^  look at: \S+ \(.*?, line \d+\)", message, re.MULTILINE)
+    if seen and raised:  # the line of the plugin that raised; what else to look at depends on the promise
+        return message[seen.start() : raised.end()]
+    return message[seen.start() :] if seen else message
 
 
 def run(classes: Mapping[str, type[MethodContract]], select: str = "", tracebacks: bool = False) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -29,6 +32,20 @@ HEAVY = (
     "scipy",
     "pandas",
 )
+
+
+@contextmanager
+def _without_traces() -> Iterator[None]:
+    """pytest would put the compiler's records of itself, hundreds of empty lines, in front of a failure's message."""
+    log = logging.getLogger("torch.__trace")
+    ours = [handler for handler in log.handlers if type(handler).__module__.partition(".")[0] == "_pytest"]
+    for handler in ours:
+        log.removeHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in ours:
+            log.addHandler(handler)
 
 
 class Features(Setup):
@@ -106,9 +123,13 @@ class Features(Setup):
         eager, twin = self.adapted(), self.adapted()
         torch._dynamo.reset()
         try:
-            with promised(
-                "the adapted model compiles into one graph",
-                "Adapter.forward: Python that depends on tensor values, attributes written in forward, foreign code",
+            with (
+                _without_traces(),
+                promised(
+                    "the adapted model compiles into one graph",
+                    "Adapter.forward: Python that depends on tensor values, attributes written in forward, foreign "
+                    "code",
+                ),
             ):
                 compiled: Any = torch.compile(twin, fullgraph=True, backend="aot_eager")
                 x = token_ids()
