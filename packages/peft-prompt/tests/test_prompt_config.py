@@ -155,7 +155,9 @@ def test_layers_of_llama_adapter(fields: dict[str, Any], says: str) -> None:
 def test_attention_with_a_norm_behind_is_refused() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = RobertaForCausalLM(RobertaConfig(vocab_size=VOCABULARY, is_decoder=True, **sizes))
-    with pytest.raises(TargetError, match="layer.0.attention: it ends in a sum with its input and a norm"):
+    with pytest.raises(
+        TargetError, match=r"layer.0.attention \(RobertaAttention\): it ends in a sum with its input and a norm"
+    ):
         get_peft_model(model, AdaptionPromptConfig(adapter_len=N, adapter_layers=1))
 
 

@@ -110,12 +110,8 @@ def peft_sites(config: AdaptionPromptConfig, model: nn.Module) -> Sequence[SiteR
             raise TargetError(
                 f"{path}: which of its modules projects the attention's output (role output) is not known"
             )
-        if any(norm.startswith(f"{path}.") for norm in norms):
-            raise TargetError(
-                f"{path}: it ends in a sum with its input and a norm, behind which a prompt cannot be added"
-            )
         meta = {"output": last[len(path) + 1 :], "project": kind not in UNPROJECTED, "sine_first": kind in SINE_FIRST}
-        meta["width"] = own.hidden_size
+        meta |= {"width": own.hidden_size, "norm": any(norm.startswith(f"{path}.") for norm in norms)}
         found.append(SiteRequest(path, meta=meta))
     return found
 
@@ -136,6 +132,8 @@ class AdaptedAttention(Adapter):
         self._mask = next((name for name in MASK_NAMES if name in names), "")
         if not is_causal(module):
             raise layer.refuse("its positions see those after them too, and this method is for decoders")
+        if layer.request.meta["norm"]:
+            raise layer.refuse("it ends in a sum with its input and a norm, behind which a prompt cannot be added")
         if "position_bias" in names:
             raise layer.refuse("it adds biases by position to the scores, and a prompt has no position")
         if not self._cache or not self._mask:
