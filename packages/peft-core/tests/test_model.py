@@ -12,6 +12,7 @@ from torch import nn
 from toys import GainConfig, Net, ShiftConfig, SumConfig, digest, net, randomise
 
 from peft_core import (
+    Adapter,
     AdapterNameError,
     AdapterNotFoundError,
     PeftError,
@@ -321,7 +322,8 @@ def test_shared_is_not_there_while_an_adapter_is_built():
     adapter = get_peft_model(net(), UP_DOWN).get_adapters()["layers.0.up"]
     bare = type(adapter)(adapter.layer, UP_DOWN)
     with pytest.raises(AttributeError, match="use the argument `shared` of peft_build"):
-        _ = bare.shared
+        _ = bare.shared.table
     with pytest.raises(AttributeError, match="has no attribute 'shraed'"):
         _ = bare.shraed
+    assert "__getattr__" not in vars(Adapter)  # reading a tensor of an adapter costs no call of the core's
     assert adapter.layer.buffer(2, 3).shape == (2, 3)

@@ -52,13 +52,7 @@ class Adapter(nn.Module):
     def __init__(self, layer: BaseLayer) -> None:
         super().__init__()
         self.layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "shared":
-            raise AttributeError(
-                f"{type(self).__name__}.shared is set after __init__; there, use the argument `shared` of peft_build"
-            )
-        return super().__getattr__(name)
+        self.__dict__["shared"] = _NotYet(type(self).__name__)
 
     def reset_parameters(self) -> None:
         """Give every parameter its starting value."""
@@ -152,6 +146,23 @@ class Adapter(nn.Module):
                 owner._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
             else:
                 owner._buffers[name] = value
+
+
+class _NotYet:
+    """What `Adapter.shared` is until the core sets it.
+
+    `Adapter` has no `__getattr__` that could say so: it would be called for every tensor that is read.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"{self._owner}.shared is set after __init__; there, use the argument `shared` of peft_build"
+        )
 
 
 class DeltaAdapter(Adapter):
