@@ -36,9 +36,10 @@ from peft_core import (
     unregister_method,
 )
 from peft_core.overrides import extra_positions
-from peft_core.routing import remembers
+from peft_core.routing import Request, remembers
 from peft_core.site import Site
 from peft_core.training import drive
+from peft_core.transaction import Undo
 
 MAKERS = pytest.mark.parametrize("make", [adapted, built, gated, two])
 
@@ -365,6 +366,21 @@ def test_an_adapter_may_go_while_another_thread_trains() -> None:
     gone.set()
     thread.join()
     assert isinstance(found[0], dict)
+
+
+def test_taking_an_operation_back_leaves_running_calls_alone() -> None:
+    model = plain()
+    state = model._peft
+    inside = Request(("b",))
+    calls = state.routing.use(inside)
+    undo = Undo()
+    undo.keep_state(state)
+    calls.__enter__()
+    state.active, state.routing.default = (), Request()
+    undo.__exit__(ZeroDivisionError, None, None)
+    assert state.active == ("a",) and state.routing.default == Request(("a",))
+    assert state.routing._in_flight == (inside,)
+    calls.__exit__(None, None, None)
 
 
 def test_an_exception_leaves_nothing_behind() -> None:

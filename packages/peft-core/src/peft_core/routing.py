@@ -229,9 +229,13 @@ class Routing:
         """The request of the call that runs on this thread, if any."""
         return self._requests.get(threading.get_ident()) if self._requests else None
 
+    def standing(self) -> dict[str, Any]:
+        """What stands between calls, by attribute; the rest is about calls that run, or ran."""
+        names = ("known", "default", "merged", "merged_for", "arguments", "describes_calls")
+        return {name: self.__dict__[name] for name in names}
+
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("known", "default", "merged", "merged_for", "arguments", "describes_calls")
-        return {**Routing().__dict__, **{name: self.__dict__[name] for name in kept}}
+        return {**Routing().__dict__, **self.standing()}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

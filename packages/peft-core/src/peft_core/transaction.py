@@ -37,8 +37,10 @@ class Undo:
 
     def keep_state(self, state: PeftState) -> None:
         """Register that a model's record of its adapters, and who is active, come back."""
-        for mapping in (state.__dict__, state.adapters, state.sites, state.routing.__dict__):
+        for mapping in (state.__dict__, state.adapters, state.sites):
             self.keep(mapping)
+        standing = state.routing.standing()  # calls that run on other threads go on as they are
+        self.add(lambda: state.routing.__dict__.update(standing))
         unnested = list(state.unnested)
         self.add(lambda: state.unnested.__setitem__(slice(None), unnested))
 
