@@ -7,6 +7,7 @@ of docs/index.md leaves it; `console` blocks run their `python -m peft_core` lin
 from __future__ import annotations
 
 import builtins
+import inspect
 import json
 import re
 import shlex
@@ -178,6 +179,11 @@ def test_the_index_leads_to_every_page() -> None:
 def test_references_are_complete(page: str, names: set[str]) -> None:
     told = set(re.findall(r"`(\w+)(?:\([^`]*\))?`", read(page)))
     assert names - told == {"model_config"} & names  # pydantic's own
+
+
+def test_help_explains_every_setting() -> None:
+    told = inspect.getdoc(Setup) or ""
+    assert {name for name in Setup.__annotations__ if f"    {name}: " not in told} == set()
 
 
 def test_the_table_of_packages_is_complete() -> None:

@@ -23,7 +23,24 @@ from .models import TinyNet, seeded
 
 
 class Setup:
-    """Everything here may be overridden; only `config` must be."""
+    """What a contract class may say about its method; only `config` must be given.
+
+    Attributes:
+        config: the config to prove, without dropout; sizes that fit layers of 8, 12, 16 and 24 features.
+        layer_kinds: kinds of `peft_core.testing.KINDS` that the method adapts; all others it must refuse.
+        refused_cases: cases of `peft_core.testing.CASES` of those kinds that it refuses all the same.
+        left_out: modules of the suite's model of those kinds that are not adapted.
+        mergeable: False where every merge must be refused.
+        unmergeable_cases: cases whose merge is refused although others merge.
+        exact_gradients: False where the method detaches something on purpose.
+        unused: trained tensors that get no gradient, as failures name them.
+        tolerance: largest relative difference between two ways to compute the same.
+        neutral_at_start: False where start values are taken from the layer's own weights.
+        siblings: modules of other methods that the method's module needs.
+        plugin: the module or object of a method that is not installed.
+
+    Methods to override: `configure`, `call_arguments`, `merge_arguments`, `randomize`, and `base` for another model.
+    """
 
     config: ClassVar[AdapterConfig]
     """The config to prove. Sizes that fit layers of 8, 12, 16 and 24 features; no dropout."""
