@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ConfigError, TargetError
+from .errors import ConfigError, TargetError, add_note
 from .patterns import NameMatcher
 from .suggest import did_you_mean
 from .tree import base_modules, walk
@@ -254,7 +254,7 @@ def _extended() -> dict[str, Roles]:
         try:
             given = hook()
         except Exception as error:
-            error.add_note(f"Raised in peft_architectures of the {label}.")
+            add_note(error, f"Raised in peft_architectures of the {label}.")
             raise
         for types in check_result("peft_architectures", given, label):
             for model_type, roles in types.items():

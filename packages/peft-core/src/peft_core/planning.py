@@ -18,7 +18,7 @@ from . import hook_results
 from .adapter import Adapter
 from .bare import owner_of
 from .config import AdapterConfig, TargetedConfig
-from .errors import PeftError, TargetError
+from .errors import PeftError, TargetError, add_note
 from .layers import BaseLayer, SiteRequest, layer_of
 from .methods import Method, load_method
 from .records import AdapterRecord, AdapterState, PeftState, Structure, state_of
@@ -210,8 +210,9 @@ def build(
         except Exception as error:
             if not isinstance(error, PeftError):
                 where = layer.path or "the model itself"
-                error.add_note(
-                    f"Raised in {type(adapter).__name__}.reset_parameters at {where}, of the {record.method.label}."
+                add_note(
+                    error,
+                    f"Raised in {type(adapter).__name__}.reset_parameters at {where}, of the {record.method.label}.",
                 )
             raise
     return adapter
