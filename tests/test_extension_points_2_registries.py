@@ -137,10 +137,18 @@ def settings() -> dict[str, Any]:
         "lora": lora(r=2, **up),
         "dora": lora(r=2, use_dora=True, **up),
         "ia3": load_method("ia3")(feedforward_modules=[], **up),
+        "oft": load_method("oft")(oft_block_size=3, use_cayley_neumann=False, **up),
+        "boft": load_method("boft")(boft_block_size=3, **up),
+        "loha": load_method("loha")(r=2, **up),
+        "lokr": load_method("lokr")(r=2, **up),
+        "pissa": lora(r=2, init_lora_weights="pissa", **up),
     }
 
 
-@pytest.mark.parametrize("name", ["delta", "gain", "weight", "lora", "dora", "ia3"])
+OURS = ("lora", "dora", "ia3", "oft", "boft", "loha", "lokr", "pissa")
+
+
+@pytest.mark.parametrize("name", ["delta", "gain", "weight", *OURS])
 def test_every_method_works_on_a_storage_of_an_extension(name: str, tmp_path: Path) -> None:
     config = settings()[name]
     with extension(peft_layer=peft_layer):

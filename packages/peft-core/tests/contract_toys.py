@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_core import Adapter, AdapterConfig, BaseLayer, DeltaAdapter, TargetedConfig, WeightAdapter, hookimpl
 from peft_core.adapter import as_compute
 from peft_core.layers import LinearLayer, Params, SiteRequest
-from peft_core.site import Link
+from peft_core.link import Link
 
 
 class ToyConfig(TargetedConfig):

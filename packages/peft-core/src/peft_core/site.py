@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .errors import PeftError, RequestError, add_note
 from .layers import BaseLayer
-from .link import Link as Link
+from .link import Link
 from .recorders import recorders
 from .routing import Request, Routing
 

@@ -27,9 +27,9 @@ from peft_core.config import AdapterConfig, Names, TargetedConfig
 from peft_core.errors import CombineError, TargetError
 from peft_core.hookspecs import hookimpl
 from peft_core.layers import BaseLayer, ConvLayer, LinearLayer, Params
+from peft_core.link import Link
 from peft_core.patterns import NameMatcher
 from peft_core.records import AdapterState
-from peft_core.site import Link
 
 
 class IA3Config(TargetedConfig):

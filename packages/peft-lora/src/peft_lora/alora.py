@@ -21,7 +21,7 @@ from peft_core.adapter import Adapter
 from peft_core.calls import Call
 from peft_core.errors import RequestError
 from peft_core.layers import BaseLayer
-from peft_core.site import Link
+from peft_core.link import Link
 
 from .linear import LoraLinear
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from peft_core.adapter import Adapter, as_compute
 from peft_core.layers import BaseLayer, ConvLayer, Params
-from peft_core.site import Link
+from peft_core.link import Link
 
 from .conv import LoraConv
 from .embedding import LoraEmbedding

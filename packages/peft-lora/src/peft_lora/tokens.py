@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_core.adapter import Adapter, as_compute
 from peft_core.layers import BaseLayer, EmbeddingLayer, LinearLayer, Params
-from peft_core.site import Link
+from peft_core.link import Link
 
 
 class _Rows(Adapter):

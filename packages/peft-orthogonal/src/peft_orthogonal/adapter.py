@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_core.adapter import Adapter, as_compute
 from peft_core.layers import BaseLayer, ConvLayer, Params
-from peft_core.site import Link
+from peft_core.link import Link
 
 from .rotation import Part, Rotation, rotate, rotate_back
 
@@ -132,7 +132,7 @@ class RotationAdapter(Adapter):
         return torch.addcmul(bias, out - bias, gain)
 
     def _own_bias(self, like: Tensor) -> Tensor:
-        bias: Tensor = self.layer.bias  # type: ignore[attr-defined]
-        if bias.is_meta:  # kept elsewhere
+        bias: Tensor | None = getattr(self.layer, "bias", None)
+        if bias is None or bias.is_meta:  # a storage of its own kind, or kept elsewhere
             bias = self.layer.params()["bias"]
         return as_compute(bias, like)

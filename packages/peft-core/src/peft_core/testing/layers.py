@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from peft_core.errors import MergeError, TargetError
+from peft_core.link import Link
 from peft_core.model import get_peft_model
 from peft_core.routing import BASE
-from peft_core.site import Link, Site
+from peft_core.site import Site
 
 from .catalogue import CASES, KINDS, ROWS, Case
 from .checks import check, flat, gap, kinds, promised, refused, same
