@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -169,18 +170,7 @@ class Features(Setup):
         module = next((entry.module for entry in entries(METHODS) if entry.name == name), None)
         if self.plugin is not None or module is None:
             return  # registered at run time: its module is imported already
-        code = (
-            "import json, sys; from peft_core import load_method; load_method(sys.argv[1]); "
-            "print(json.dumps(sorted(sys.modules)))"
-        )
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code, name],
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = _loaded_afresh(name, os.pathsep.join(path for path in sys.path if path))
         check(
             done.returncode == 0,
             "the method loads in a fresh interpreter, without a warning",
@@ -204,3 +194,19 @@ class Features(Setup):
             f"the package's __init__: re-export lazily (PEP 562); the imports of {module}; or name what the method "
             "needs in `siblings`",
         )
+
+
+@functools.cache
+def _loaded_afresh(name: str, path: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that loads a method and lists what that imported; once for all variants of the method."""
+    code = (
+        "import json, sys; from peft_core import load_method; load_method(sys.argv[1]); "
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, name],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
