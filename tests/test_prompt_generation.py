@@ -197,7 +197,7 @@ def test_one_graph_for_each_step_of_a_static_cache(kind: str, method: str) -> No
 
 @both
 @each
-def test_a_left_padded_batch_gives_what_its_rows_give(kind: str, method: str) -> None:
+def test_t3_a_left_padded_batch_gives_what_its_rows_give(kind: str, method: str) -> None:
     model, given = with_adapter(kind, method), batch(kind)
     for how in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
         together = model.generate(**given, **GREEDY, **how)[:, -8:]
