@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from peft_core.adapter import Adapter
+from peft_core.biases import is_bias, own_bias
 from peft_core.calibration import Batches
 from peft_core.errors import ConfigError, TargetError
 from peft_core.hookspecs import hookimpl
@@ -25,7 +26,6 @@ from peft_core.records import AdapterState, Structure
 from . import starts
 from .alora import ActivatedLora
 from .attention import LoraAttention
-from .biases import own_bias
 from .combining.combination import peft_combine
 from .config import FROM_DATA, LoraConfig, is_anchored
 from .conv import LoraConv
@@ -36,7 +36,7 @@ from .lowrank import LowRank
 from .parameters import LoraParameter
 from .qalora import QaLora
 from .replication import replicated
-from .selection import BIAS, FORM, PARAMETER, ROWS, TIED_ROWS, extra_sites
+from .selection import FORM, PARAMETER, ROWS, TIED_ROWS, extra_sites
 from .settings import Patterns, Settings, check_file
 from .tokens import own_rows, tied_rows
 
@@ -92,26 +92,25 @@ def peft_calibrate(config: LoraConfig, layers: Sequence[BaseLayer], batches: Bat
             f"calibration batches were given, but init_lora_weights={config.init_lora_weights!r} does not start from "
             f"data; leave them out, or choose one of {', '.join(FROM_DATA)}"
         )
-    return starts.from_data(config, [layer for layer in layers if FORM not in layer.request.meta], batches)
+    return starts.from_data(config, whole(layers), batches)
 
 
 @hookimpl
 def peft_prepare(config: LoraConfig, layers: Sequence[BaseLayer], shared: nn.Module, trusted: bool) -> None:
     prepared = Prepared(Patterns(config, trusted))
     shared.__dict__["prepared"] = prepared
-    whole = [layer for layer in layers if FORM not in layer.request.meta]
     for layer in layers:
         prepared.patterns.settings(_pattern_path(layer))
     if trusted and (unmatched := prepared.patterns.unmatched()):
         raise TargetError("; ".join(unmatched))
     if config.ensure_weight_tying:
         owners: dict[int, str] = {}
-        for layer in whole:
+        for layer in whole(layers):
             if isinstance(layer, EmbeddingLayer):
                 owner = owners.setdefault(id(layer.module.weight), layer.path)
                 if owner != layer.path:
                     prepared.tied[layer.path] = owner
-        for layer in whole:
+        for layer in whole(layers):
             if isinstance(layer, LinearLayer) and id(layer.module._parameters["weight"]) in owners:
                 prepared.tied[layer.path] = owners[id(layer.module._parameters["weight"])]
         if prepared.tied and config.use_dora:
@@ -130,7 +129,7 @@ def peft_build(
     prepared: Prepared = shared.__dict__["prepared"]
     meta = layer.request.meta
     form = meta.get(FORM)
-    if form == BIAS:
+    if is_bias(layer):
         return own_bias(layer)
     if form == TIED_ROWS:
         return tied_rows(layer, meta["indices"], prepared.adapters, meta["of"])
@@ -222,6 +221,11 @@ def _freeze_b(adapter: Adapter) -> None:
     for name, parameter in adapter.named_parameters():
         if name.rpartition(".")[2] in ("lora_B", "lora_embedding_B"):
             parameter.requires_grad_(False)
+
+
+def whole(layers: Sequence[BaseLayer]) -> list[BaseLayer]:
+    """The layers that get factors of their own, and not one of their parameters or some rows."""
+    return [layer for layer in layers if FORM not in layer.request.meta and not is_bias(layer)]
 
 
 def _pattern_path(layer: BaseLayer) -> str:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from peft_core.biases import bias_sites
 from peft_core.errors import TargetError
 from peft_core.layers import SiteRequest
 from peft_core.patterns import NameMatcher
-from peft_core.targets import TASK_HEADS
 from peft_core.tree import walk
 
 from .config import LoraConfig
 
 FORM = "form"
-PARAMETER, BIAS, ROWS, TIED_ROWS = "parameter", "bias", "rows", "tied rows"
+PARAMETER, ROWS, TIED_ROWS = "parameter", "rows", "tied rows"
 
 
 class Model:
@@ -47,7 +47,7 @@ def extra_sites(config: LoraConfig, model: nn.Module, matched: Sequence[str]) ->
     requests = [*_parameters(config, tree, matched), *_tied(config, tree, matched)]
     adapted = [*matched, *(request.path for request in requests if not request.copied)]
     requests += _tied_copies(config, tree)
-    return [*requests, *_rows(config, tree, adapted), *_biases(config, tree, adapted)]
+    return [*requests, *_rows(config, tree, adapted), *bias_sites(config, model, adapted)]
 
 
 def _parameters(config: LoraConfig, tree: Model, matched: Sequence[str]) -> Iterator[SiteRequest]:
@@ -148,38 +148,3 @@ def tree_path_of_input_embedding(tree: Model) -> str:
         "trainable_token_indices: the model does not say which module is its input embedding; give a mapping from the "
         "module's name to the indices"
     )
-
-
-def _biases(config: LoraConfig, tree: Model, adapted: Iterable[str]) -> Iterator[SiteRequest]:
-    """Every bias that is to be trained; the files have those of adapted layers one level further in."""
-    if config.bias == "none":
-        return
-    layers = set(adapted)
-    copied = _copied(config)
-    inner = {id(m.out_proj) for m in tree.modules.values() if isinstance(m, nn.MultiheadAttention)}
-    for path, module in tree.modules.items():
-        if id(module) in inner or (config.bias == "lora_only" and path not in layers):
-            continue
-        if copied is not None and any(copied.matches(end) for end in _above(path)):
-            continue
-        level = "base_layer." if path in layers else ""
-        if isinstance(module, nn.MultiheadAttention):
-            if module.in_proj_bias is not None:
-                yield SiteRequest(path, "in_proj_bias", ("in_proj_bias",), level, {FORM: BIAS})
-                prefix = f"{level}out_proj.{level}"
-                yield SiteRequest(path, "out_proj_bias", ("out_proj.bias",), prefix, {FORM: BIAS})
-        elif module._parameters.get("bias") is not None:
-            yield SiteRequest(path, "bias", ("bias",), level, {FORM: BIAS})
-
-
-def _copied(config: LoraConfig) -> NameMatcher | None:
-    """The modules that are trained in full: they have their biases already."""
-    names = (*(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type or "", ()))
-    return NameMatcher(names, what="modules_to_save", trusted=False) if names else None
-
-
-def _above(path: str) -> Iterator[str]:
-    """The path and those of the modules around it."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
