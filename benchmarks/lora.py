@@ -8,16 +8,15 @@ The floor is the least code that computes the same: a module that adds two produ
 from __future__ import annotations
 
 import argparse
-import copy
 from functools import partial
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import kept_for_backward, operations, table, times
+from benchmarks.measure import table, times
+from benchmarks.training_step import at_each_linear, llama, training_step
 from peft_core import get_peft_model
 from peft_lora import LoraConfig
 
@@ -40,13 +39,7 @@ class Floor(nn.Module):
 
 
 def floor(model: nn.Module) -> nn.Module:
-    """Put the floor at every linear layer but the head."""
-    model.requires_grad_(False)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and name != "lm_head":
-                setattr(parent, name, Floor(child))
-    return model
+    return at_each_linear(model, Floor)
 
 
 def ours(model: nn.Module) -> nn.Module:
@@ -64,44 +57,8 @@ def theirs(model: nn.Module) -> nn.Module:
 WAYS: dict[str, Any] = {"ours": ours, "HF peft": theirs, "floor": floor}
 
 
-def llama(hidden: int, inner: int, layers: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-    )
-    torch.manual_seed(0)
-    model: nn.Module = LlamaForCausalLM(config)
-    return model.to(dtype)
-
-
 def step(dtype: torch.dtype, repeats: int) -> str:
-    """Forward and backward of a batch, 14 linear layers adapted; `base` is the frozen model to its inputs."""
-    plain = llama(512, 1376, 2, dtype)
-    x = torch.randn(4, 256, 512, dtype=dtype)
-    models = {name: way(copy.deepcopy(plain)) for name, way in WAYS.items()}
-    models["base"] = plain.requires_grad_(False)
-
-    def forward(model: nn.Module) -> Tensor:
-        inputs: Tensor = x.detach().requires_grad_(True)
-        output: Tensor = model(inputs_embeds=inputs).logits
-        return output
-
-    def backward(model: nn.Module) -> None:
-        forward(model).sum().backward()
-
-    seconds = times({name: partial(backward, model) for name, model in models.items()}, repeats)
-    sites = sum(isinstance(m, nn.Linear) for m in plain.modules()) - 1
-    base_operations, base_bytes = operations(partial(forward, plain)), kept_for_backward(partial(forward, plain))
-    rows = []
-    for name, model in models.items():
-        extra = (operations(partial(forward, model)) - base_operations) / sites
-        kept = (kept_for_backward(partial(forward, model)) - base_bytes) / sites / 1024
-        rows.append([name, f"{seconds[name] / seconds['base']:.2f}", f"{extra:.1f}", f"{kept:.0f}"])
-    title = f"Training step, {str(dtype).removeprefix('torch.')}"
-    return table(title, ["", "time / base", "extra operations per layer", "extra KiB kept per layer"], rows)
+    return training_step("Training step", WAYS, dtype, repeats)
 
 
 def injection(layers: int, repeats: int) -> str:

@@ -8,7 +8,6 @@ A floor is the least code for the same maths: the factors act on x, and autograd
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,8 +16,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lora import llama
-from benchmarks.measure import kept_for_backward, operations, table, times
+from benchmarks.training_step import at_each_linear, training_step
 from peft_core import get_peft_model, load_method
 
 RANK, ALPHA = 8, 16
@@ -75,13 +73,7 @@ def _near_square(size: int) -> tuple[int, int]:
 
 
 def floor(model: nn.Module, method: str) -> nn.Module:
-    """Put the floor at every linear layer but the head."""
-    model.requires_grad_(False)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and name != "lm_head":
-                setattr(parent, name, Floor(child, method))
-    return model
+    return at_each_linear(model, lambda base: Floor(base, method))
 
 
 def ours(model: nn.Module, method: str) -> nn.Module:
@@ -98,30 +90,8 @@ WAYS: dict[str, Any] = {"ours": ours, "HF peft": theirs, "floor": floor}
 
 
 def step(method: str, dtype: torch.dtype, repeats: int) -> str:
-    """Forward and backward of a batch, 14 linear layers adapted; `base` is the frozen model to its inputs."""
-    plain = llama(512, 1376, 2, dtype)
-    x = torch.randn(4, 256, 512, dtype=dtype)
-    models = {name: way(copy.deepcopy(plain), method).train() for name, way in WAYS.items()}
-    models["base"] = plain.requires_grad_(False)
-
-    def forward(model: nn.Module) -> Tensor:
-        inputs: Tensor = x.detach().requires_grad_(True)
-        output: Tensor = model(inputs_embeds=inputs).logits
-        return output
-
-    def backward(model: nn.Module) -> None:
-        forward(model).sum().backward()
-
-    seconds = times({name: partial(backward, model) for name, model in models.items()}, repeats)
-    sites = sum(isinstance(m, nn.Linear) for m in plain.modules()) - 1
-    base_operations, base_bytes = operations(partial(forward, plain)), kept_for_backward(partial(forward, plain), plain)
-    rows = []
-    for name, model in models.items():
-        extra = (operations(partial(forward, model)) - base_operations) / sites
-        kept = (kept_for_backward(partial(forward, model), model) - base_bytes) / sites / 1024
-        rows.append([name, f"{seconds[name] / seconds['base']:.2f}", f"{extra:.1f}", f"{kept:.0f}"])
-    title = f"{method}, training step, {str(dtype).removeprefix('torch.')}"
-    return table(title, ["", "time / base", "extra operations per layer", "extra KiB kept per layer"], rows)
+    ways = {name: partial(way, method=method) for name, way in WAYS.items()}
+    return training_step(f"{method}, training step", ways, dtype, repeats)
 
 
 def main() -> None:

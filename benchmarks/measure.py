@@ -34,19 +34,14 @@ def operations(run: Run) -> int:
     return counter.count
 
 
-def kept_for_backward(run: Run, model: torch.nn.Module | None = None) -> int:
-    """Bytes of distinct storages, parameters apart, that autograd keeps between forward and backward.
-
-    Without `model`, whose parameters they are, tensors that have no gradient of their own do not count either: views of
-    frozen weights are among them, and what a function keeps that was written by hand.
-    """
+def kept_for_backward(run: Run, model: torch.nn.Module) -> int:
+    """Bytes of distinct storages, the model's parameters apart, that autograd keeps between forward and backward."""
     kept: dict[int, int] = {}
-    given = set() if model is None else {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    given = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        counts = not tensor.is_leaf if model is None else tensor.untyped_storage().data_ptr() not in given
-        if not isinstance(tensor, torch.nn.Parameter) and counts:
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -9,7 +9,6 @@ factor after the other. HF's BOFT with four factors is left out: without its CUD
 from __future__ import annotations
 
 import argparse
-import copy
 from functools import partial
 from typing import Any
 
@@ -17,8 +16,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lora import llama
-from benchmarks.measure import kept_for_backward, operations, table, times
+from benchmarks.training_step import at_each_linear, training_step
 from peft_core import get_peft_model, load_method
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -80,14 +78,8 @@ def _by_blocks(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 def floor(model: nn.Module, method: str, options: dict[str, Any]) -> nn.Module:
-    """Put the floor at every linear layer but the head."""
-    model.requires_grad_(False)
     kind: Any = {"oft": OftFloor, "boft": BoftFloor}[method]
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and name != "lm_head":
-                setattr(parent, name, kind(child, **options))
-    return model
+    return at_each_linear(model, partial(kind, **options))
 
 
 def ours(model: nn.Module, method: str, options: dict[str, Any]) -> nn.Module:
@@ -101,33 +93,12 @@ def theirs(model: nn.Module, method: str, options: dict[str, Any]) -> nn.Module:
 
 
 def step(case: str, dtype: torch.dtype, repeats: int) -> str:
-    """Forward and backward of a batch, 14 linear layers adapted; `base` is the frozen model to its inputs."""
+    method, options = CASES[case]
     ways: dict[str, Any] = {"ours": ours, "HF peft": theirs, "floor": floor}
     if case == "boft-4":
         del ways["HF peft"]
-    plain = llama(512, 1376, 2, dtype)
-    x = torch.randn(4, 256, 512, dtype=dtype)
-    models = {name: way(copy.deepcopy(plain), *CASES[case]).train() for name, way in ways.items()}
-    models["base"] = plain.requires_grad_(False)
-
-    def forward(model: nn.Module) -> Tensor:
-        inputs: Tensor = x.detach().requires_grad_(True)
-        output: Tensor = model(inputs_embeds=inputs).logits
-        return output
-
-    def backward(model: nn.Module) -> None:
-        forward(model).sum().backward()
-
-    seconds = times({name: partial(backward, model) for name, model in models.items()}, repeats)
-    sites = sum(isinstance(m, nn.Linear) for m in plain.modules()) - 1
-    base_operations, base_bytes = operations(partial(forward, plain)), kept_for_backward(partial(forward, plain), plain)
-    rows = []
-    for name, model in models.items():
-        extra = (operations(partial(forward, model)) - base_operations) / sites
-        kept = (kept_for_backward(partial(forward, model), model) - base_bytes) / sites / 1024
-        rows.append([name, f"{seconds[name] / seconds['base']:.2f}", f"{extra:.1f}", f"{kept:.0f}"])
-    title = f"{case}, training step, {str(dtype).removeprefix('torch.')}"
-    return table(title, ["", "time / base", "extra operations per layer", "extra KiB kept per layer"], rows)
+    ways = {name: partial(way, method=method, options=options) for name, way in ways.items()}
+    return training_step(f"{case}, training step", ways, dtype, repeats)
 
 
 def main() -> None:
