@@ -31,6 +31,10 @@ def join(pieces: list[Any], sizes: list[int], order: Tensor, dim: int) -> Any:
         raise RequestError("a layer's output has no batch dimension, so one adapter per row cannot be joined")
     if isinstance(first, tuple):
         return tuple(join(list(parts), sizes, order, dim) for parts in zip(*pieces, strict=True))
+    if isinstance(first, dict):  # the outputs of transformers' models among them
+        return type(first)(**{name: join([p[name] for p in pieces], sizes, order, dim) for name in first})
     if first is None:
         return None
-    raise RequestError(f"a layer returned {type(first).__name__}; one adapter per row needs tensors or tuples of them")
+    raise RequestError(
+        f"a layer returned {type(first).__name__}; one adapter per row needs tensors, or tuples or dicts of them"
+    )

@@ -124,7 +124,7 @@ class XLoraConfig(AdapterConfig):
 class Classifier(nn.Module):
     """Hidden states (batch, length, d) -> scalings (batch, length, layers, experts)."""
 
-    def __init__(self, config: XLoraConfig, layers: int, device: torch.device) -> None:
+    def __init__(self, config: XLoraConfig, layers: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         experts, depth = len(config.refers_to()), config.xlora_depth
         self.config = config
@@ -134,7 +134,7 @@ class Classifier(nn.Module):
         sizes = [config.hidden_size, *[config.xlora_size] * (depth - 1), self.shape[0] * experts]
         modules: list[nn.Module] = []
         for at in range(depth):
-            modules.append(nn.Linear(sizes[at], sizes[at + 1], device=device, dtype=torch.float32))
+            modules.append(nn.Linear(sizes[at], sizes[at + 1], device=device, dtype=dtype))
             if at < depth - 1:
                 modules.append(nn.ReLU())
                 if config.xlora_dropout_p > 0:  # as in HF PEFT: the numbers of what follows depend on it
@@ -142,7 +142,7 @@ class Classifier(nn.Module):
         self.layers = nn.Sequential(*modules)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.layers(hidden.float()).unflatten(-1, self.shape)
+        out: Tensor = self.layers(as_compute(hidden, self.layers[0].weight)).unflatten(-1, self.shape)
         if self.config.enable_softmax:
             out = (out / self.config.softmax_temperature).softmax(-1)
         return out.expand(*out.shape[:-2], self.count, out.shape[-1])
@@ -168,15 +168,26 @@ class Controller(Adapter):
         self._cache = cache_argument(self._names)
 
     def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
+        return self._run([(self, None)], base, args, kwargs)
+
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Any], index: Tensor, base: Link, *args: Any, **kwargs: Any) -> Any:
+        """Each pass once for all rows, so that they can share a cache; each classifier sees the rows that are its."""
+        first: Controller = adapters[0]
+        return first._run([(each, index == number) for number, each in enumerate(adapters)], base, args, kwargs)
+
+    def _run(self, rows: Sequence[tuple[Controller, Tensor | None]], base: Link, args: Any, kwargs: Any) -> Any:
+        """Both passes. `rows` has what mixes, each with a mask of the rows (batch,) that are its; None for all."""
         given = bind(self._names, args, kwargs)
         cache = given.get(self._cache) if self._cache else None
         clean = self._clean(cache)
         with base.adapters(), torch.no_grad():
             first = base(**{**given, self._cache: clean} if cache is not None else given)
         hidden = first[0] if isinstance(first, tuple) else first["last_hidden_state"]
-        scalings = self.shared.internal_xlora_classifier(hidden)
-        self._note(scalings)
-        base.call.scratch[self.shared] = self._chosen(scalings)
+        for each, own in rows:
+            scalings = each.shared.internal_xlora_classifier(hidden if own is None else hidden[own])
+            each._note(scalings)
+            base.call.scratch[each.shared] = each._chosen(scalings)
         out = base(**given)
         self._join(cache, clean, first, out)
         return out
@@ -344,7 +355,8 @@ def peft_sites(config: XLoraConfig, model: nn.Module) -> list[SiteRequest]:
 @hookimpl
 def peft_prepare(config: XLoraConfig, layers: Sequence[BaseLayer], shared: nn.Module) -> None:
     """The classifier, shared by all layers and saved once, under the name it has in HF PEFT's files."""
-    shared.internal_xlora_classifier = Classifier(config, len(layers) - 1, layers[0].device)
+    dtype = torch.promote_types(layers[0].dtype, torch.float32)
+    shared.internal_xlora_classifier = Classifier(config, len(layers) - 1, layers[0].device, dtype)
 
 
 @hookimpl

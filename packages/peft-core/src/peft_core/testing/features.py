@@ -75,7 +75,7 @@ class Features(Setup):
     def test_bfloat16_base(self) -> None:
         """On a half-precision base the adapter stays float32 and computes in the base's dtype."""
         x = token_ids()
-        model = self.adapted(base=self.base(torch.bfloat16))
+        model = self.adapted(base=self.fresh(torch.bfloat16))
         wrong = {name: p.dtype for name, p in trained(model, "a").items() if p.dtype != torch.float32}
         check(
             not wrong,
@@ -97,7 +97,7 @@ class Features(Setup):
         check(not bad, "gradients on a bfloat16 base are float32 and finite", f"{bad}", "Adapter.forward")
         # The same numbers in float64, also those that do not train: draws differ between dtypes. A unit of bfloat16
         # is 2⁻⁸; a dozen roundings, which partly cancel, are allowed.
-        exact = self.adapted(base=self.base(torch.bfloat16).double())
+        exact = self.adapted(base=self.fresh(torch.bfloat16).double())
         copy_tensors(model, exact)
         difference = gap(out, self.run(exact, x))
         check(
@@ -109,7 +109,7 @@ class Features(Setup):
 
     def test_autocast(self) -> None:
         """Under autocast a float32 base and adapter run, forward and backward."""
-        model = self.adapted(base=self.base(torch.float32))
+        model = self.adapted(base=self.fresh(torch.float32))
         with promised(
             "forward and backward run under autocast", "Adapter.forward: dtypes that differ within a product"
         ):
@@ -153,7 +153,7 @@ class Features(Setup):
         """`plan` says beforehand, without allocating anything, how many parameters will train."""
         config = self.configure(self.targets())
         with promised("the method can be planned on the meta device", "peft_build: device of what it allocates"):
-            planned = plan(self.base().to("meta"), config)
+            planned = plan(self.fresh().to("meta"), config)
         seen = sum(p.numel() for p in trained(self.adapted(config=config), "a").values())
         check(
             not planned.problems and planned.trainable == seen,

@@ -31,7 +31,7 @@ class Files(Setup):
         before, expected, base = tensors(model, "a"), self.run(model, x), weights(model)
         with promised("an adapter can be saved", "Adapter.state / peft_state_key"):
             model.save_pretrained(tmp_path, selected_adapters=["a"])
-        fresh = self.base()
+        fresh = self.fresh()
         # Another seed than the first time: nothing that matters may come from the random numbers of the
         # loader.
         with (
@@ -78,7 +78,7 @@ class Files(Setup):
         """With `is_trainable=True` the same tensors train as before saving."""
         model = self.adapted("a")
         model.save_pretrained(tmp_path, selected_adapters=["a"])
-        fresh: Any = PeftModel.from_pretrained(self.base(), tmp_path / "a", "a", is_trainable=True)
+        fresh: Any = PeftModel.from_pretrained(self.fresh(), tmp_path / "a", "a", is_trainable=True)
         wanted = {name for name, parameter in trained(model, "a").items() if parameter.requires_grad}
         found = {name for name, parameter in trained(fresh, "a").items() if parameter.requires_grad}
         check(

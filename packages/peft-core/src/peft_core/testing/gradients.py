@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checks import check
 from .models import token_ids
-from .setup import Setup, trained
+from .setup import Setup, record, trained
 
 
 class Gradients(Setup):
@@ -95,8 +95,13 @@ def without_gradient(model: nn.Module, unused: Collection[str] = ()) -> list[str
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of an adapted model that are not the adapter's, by the names they have in the base."""
-    own = {id(parameter) for parameter in trained(model, "a").values()}
+    """The parameters of an adapted model that are not the adapter's, by the names they have in the base.
+
+    Those of adapters that its config refers to are its own where it trains them.
+    """
+    config = record(model, "a").config
+    names = ("a", *config.refers_to()) if config.trains_referred else ("a",)
+    own = {id(parameter) for name in names for parameter in trained(model, name).values()}
     return [(name.replace(".base_layer.", "."), p) for name, p in model.named_parameters() if id(p) not in own]
 
 

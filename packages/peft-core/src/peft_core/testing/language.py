@@ -30,8 +30,10 @@ class LanguageModel(Setup):
         places = [NAMES[kind] for kind in self.layer_kinds if kind in NAMES]
         if not places or not importlib.util.find_spec("transformers"):
             return
-        config = self.configure([name for names in places for name in names])
-        model = self.adapted("a", "b", base=_llama(), config=config)
+        targets = [name for names in places for name in names]
+        llama = _llama()
+        self.prepare(llama, targets)
+        model = self.adapted("a", "b", base=llama, config=self.configure(targets))
         ids = token_ids(rows=3, seed=2)
         look = "Adapter.forward: it is called with any number of positions, one at a time while generating"
         with promised("an adapted language model generates", look):

@@ -164,9 +164,11 @@ class Layers(Setup):
         return case.rows is None and bool(self.call_arguments(ROWS))
 
     def _adapt(self, case: Case, *names: str, random: bool = True) -> Any:
+        holder = Holder(seeded(case.make)).eval()
+        self.prepare(holder, ["layer"])
         return self.adapted(
             *names,
-            base=Holder(seeded(case.make)).eval(),
+            base=holder,
             random=random,
             config=self.configure(["layer"]),
             look=f"peft_build; or leave {case.kind!r} out of `layer_kinds`, or list {case.name!r} in `refused_cases`",
@@ -174,7 +176,11 @@ class Layers(Setup):
 
     def _check_refused(self, case: Case) -> None:
         model = Holder(seeded(case.make))
-        inner, before = model.layer, weights(model)
+        try:
+            self.prepare(model, ["layer"])
+        except TargetError:
+            return  # what the method builds on refuses it
+        kind, inner, before = type(model), model.layer, weights(model)
         with refused(
             TargetError,
             f"{case.name}: a layer the method does not adapt is refused with TargetError",
@@ -182,7 +188,7 @@ class Layers(Setup):
         ):
             get_peft_model(model, self.configure(["layer"]))
         check(
-            model.layer is inner and type(model) is Holder and same(weights(model), before),
+            model.layer is inner and type(model) is kind and same(weights(model), before),
             f"{case.name}: a refusal leaves the model as it was",
             f"the model is now {model}",
             "peft_prepare / Adapter.__init__: changes of the base before the refusal",

@@ -87,7 +87,7 @@ class Merging(Setup):
         if not self.mergeable:
             return
         x = token_ids()
-        base = self.base()
+        base = self.fresh()
         kind, names = type(base), [name for name, _ in base.named_modules()]
         model = self.adapted(base=base)
         expected = self.run(model, x, merging=True)
@@ -112,7 +112,7 @@ class Merging(Setup):
         """Rounding on the way in loses nothing on the way out."""
         if not self.mergeable:
             return
-        model = self.adapted(base=self.base(torch.bfloat16))
+        model = self.adapted(base=self.fresh(torch.bfloat16))
         before = weights(model)
         for _ in range(2):
             self.merge(model, "the adapter merges into a bfloat16 base", "Adapter.merge: dtypes that differ")

@@ -39,7 +39,8 @@ class Setup:
         siblings: modules of other methods that the method's module needs.
         plugin: the module or object of a method that is not installed.
 
-    Methods to override: `configure`, `call_arguments`, `merge_arguments`, `randomize`, and `base` for another model.
+    Methods to override: `configure`, `call_arguments`, `merge_arguments`, `randomize`, `prepare` for a method that
+    needs other adapters on the model, and `base` for another model.
     """
 
     config: ClassVar[AdapterConfig]
@@ -108,6 +109,10 @@ class Setup:
         """Move a trained tensor away from its start, in place, as training would."""
         tensor.add_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.3)
 
+    def prepare(self, model: nn.Module, targets: list[str]) -> None:
+        """Put onto a fresh model what the method's config refers to: other adapters, at modules among `targets` or
+        where you like, the same at each call. `self.put(model, name, config)` does it for one."""
+
     # -- for the tests ---------------------------------------------------------------------------------------
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -142,6 +147,12 @@ class Setup:
         model: TinyNet = seeded(TinyNet, dtype)
         return model
 
+    def fresh(self, dtype: torch.dtype = torch.float64) -> Any:
+        """A base model with what `prepare` puts onto it, and nothing active."""
+        model = self.base(dtype)
+        self.prepare(model, self.targets())
+        return model.eval()
+
     def targets(self) -> list[str]:
         """Names of the modules of the suite's model that are adapted."""
         return [name for name in TinyNet.targets(self.layer_kinds) if name not in self.left_out]
@@ -160,19 +171,28 @@ class Setup:
         method does not adapt the model.
         """
         __tracebackhide__ = True
-        model = self.base() if base is None else base
+        model = self.fresh() if base is None else base
         config = config or self.configure(self.targets())
         places = getattr(config, "target_modules", None) or "its own places"
         for index, name in enumerate(names or ("a",)):
-            with fixed_seed(name):
-                with promised(f"the method adapts {type(model).__name__} at {places}", look):
-                    if index:
-                        model.add_adapter(name, config)  # type: ignore[operator]
-                    else:
-                        get_peft_model(model, config, name)
-                if random:
-                    self.fill(model, name)
+            with promised(f"the method adapts {type(model).__name__} at {places}", look):
+                self.put(model, name, config, active=not index, random=random)
         return model.eval()
+
+    def put(
+        self, model: nn.Module, name: str, config: AdapterConfig, *, active: bool = False, random: bool = True
+    ) -> None:
+        """Add an adapter, with values that depend on its name alone; `random` ones, or those of its start."""
+        __tracebackhide__ = True
+        with fixed_seed(name):
+            if active:
+                get_peft_model(model, config, name)
+            elif hasattr(model, "_peft"):
+                model.add_adapter(name, config)  # type: ignore[operator]
+            else:
+                get_peft_model(model, config, name).set_adapter([])
+            if random:
+                self.fill(model, name)
 
     def call(self, model: Any, *args: Any, rows: int | None = None, merging: bool = False, **kwargs: Any) -> Any:
         """The model's output. An adapted model is given the method's `call_arguments`.
@@ -275,13 +295,15 @@ def trained(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
         for inner, module in root.named_modules():
             where = ":".join(part for part in (request.path, request.part, inner) if part)
             places.setdefault(id(module), where)
+    for inner, module in adapter.shared.named_modules():
+        places[id(module)] = f"shared.{inner}" if inner else "shared"
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for owner, attribute in adapter.learned:
         parameter = getattr(owner, attribute)
         if id(parameter) not in seen:
             seen.add(id(parameter))
-            found[f"{places.get(id(owner), 'shared')}.{attribute}"] = parameter
+            found[f"{places[id(owner)]}.{attribute}"] = parameter
     return found
 
 

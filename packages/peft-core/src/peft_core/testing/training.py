@@ -57,7 +57,7 @@ class Training(Setup):
         look = "peft_step: return config.resolve(...) for what files must say; peft_build: shapes by `tensors`"
         with promised("an adapter is saved and loaded after steps", look), fixed_seed("loading"):
             model.save_pretrained(tmp_path)
-            fresh = self.base()
+            fresh = self.fresh()
             PeftModel.from_pretrained(fresh, tmp_path / "a", "a")
         # The same numbers, perhaps in another layout of memory, so up to the order of sums.
         difference = gap(self.run(fresh.eval(), x), expected)
