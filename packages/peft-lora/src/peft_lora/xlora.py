@@ -142,7 +142,7 @@ class Classifier(nn.Module):
         self.layers = nn.Sequential(*modules)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.layers(as_compute(hidden, self.layers[0].weight)).unflatten(-1, self.shape)
+        out: Tensor = self.layers(as_compute(hidden, self.layers[0].get_parameter("weight"))).unflatten(-1, self.shape)
         if self.config.enable_softmax:
             out = (out / self.config.softmax_temperature).softmax(-1)
         return out.expand(*out.shape[:-2], self.count, out.shape[-1])
