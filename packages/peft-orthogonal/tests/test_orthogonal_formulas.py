@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_core import drive, get_peft_model
 from peft_orthogonal import BOFTConfig, OFTConfig
-from peft_orthogonal.cayley import cayley, cayley_series, skew_from_rows, skew_part
+from peft_orthogonal.cayley import cayley, cayley_series, skew_from_rows
 from peft_orthogonal.rotation import WIDTH, assemble, rotate, rotate_back
 
 DOUBLE = torch.float64
@@ -22,6 +22,10 @@ DOUBLE = torch.float64
 
 def drawn(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE) * std
+
+
+def skew_part(matrices: Tensor) -> Tensor:
+    return (matrices - matrices.mT) / 2
 
 
 # -- references --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from peft_core.layers import BaseLayer, ConvLayer, Params
 from peft_core.link import Link
 
 from .rotation import Part, Rotation, rotate, rotate_back
+from .scaling import scaled
 
 
 class RotationAdapter(Adapter):
@@ -127,9 +128,9 @@ class RotationAdapter(Adapter):
         spatial = (1,) * len(self.layer.kernel_size) if isinstance(self.layer, ConvLayer) else ()
         gain = gain.view(*gain.shape, *spatial)
         if "bias" not in self.layer.names:
-            return out * gain
+            return scaled(out, gain)
         bias = self._own_bias(out).view(-1, *spatial)
-        return torch.addcmul(bias, out - bias, gain)
+        return scaled(out, gain, bias)
 
     def _own_bias(self, like: Tensor) -> Tensor:
         bias: Tensor | None = getattr(self.layer, "bias", None)

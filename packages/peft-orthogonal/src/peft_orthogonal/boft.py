@@ -22,7 +22,7 @@ from peft_core.hookspecs import hookimpl
 from peft_core.layers import BaseLayer, ConvLayer, SiteRequest
 
 from .adapter import RotationAdapter
-from .cayley import cayley, skew_part
+from .cayley import cayley
 from .config import OrthogonalConfig, check_probability
 from .rotation import Rotation, assemble
 from .sizes import block_size, rotated_size, size_in_file
@@ -84,7 +84,7 @@ class BOFT(RotationAdapter):
             nn.init.normal_(self.boft_s, mean=1, std=0.1)
 
     def rotation(self, training: bool) -> Rotation:
-        return assemble(self.drop(cayley(skew_part(self.boft_R)), training))
+        return assemble(self.drop(cayley(self.boft_R - self.boft_R.mT, 0.5), training))
 
     def scale(self) -> Tensor:
         return self.boft_s.flatten()

@@ -11,31 +11,38 @@ Everything is computed in float32 or wider, also under autocast: what is lost he
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 def skew_from_rows(rows: Tensor, size: int) -> Tensor:
     """(..., size (size - 1) / 2), strict upper triangles row by row -> skew-symmetric (..., size, size)."""
-    first, second = torch.triu_indices(size, size, 1, device=rows.device)
-    upper = rows.new_zeros((*rows.shape[:-1], size, size))
-    upper[..., first, second] = rows
+    make = _made_upper.__wrapped__ if torch.compiler.is_compiling() else _made_upper
+    places = make(size, rows.device).expand(rows.shape)
+    flat = rows.new_zeros((*rows.shape[:-1], size * size)).scatter_(-1, places, rows)
+    upper = flat.view(*rows.shape[:-1], size, size)
     return upper - upper.mT
 
 
-def skew_part(matrices: Tensor) -> Tensor:
-    """(A - Aᵀ) / 2 of square matrices (..., size, size)."""
-    return (matrices - matrices.mT) * 0.5
+@functools.cache
+def _made_upper(size: int, device: torch.device) -> Tensor:
+    """Where the numbers of a strict upper triangle, row by row, stand in a square matrix: indices of it, flat."""
+    first, second = torch.triu_indices(size, size, 1, device=device)
+    return first * size + second
 
 
-def cayley(skew: Tensor) -> Tensor:
-    """(I - Q)(I + Q)⁻¹ for skew-symmetric Q (..., size, size), computed as 2 (I + Q)⁻¹ - I."""
+def cayley(skew: Tensor, factor: float = 1.0) -> Tensor:
+    """(I - Q)(I + Q)⁻¹ for Q = factor · `skew`, skew-symmetric (..., size, size), computed as 2 (I + Q)⁻¹ - I."""
     skew = _wide(skew)
-    with torch.autocast(skew.device.type, enabled=False):
+    with _exact(skew):
         eye = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype)
         # Unchecked, as it cannot fail: the check would make the host wait for the device.
-        inverse: Tensor = torch.linalg.inv_ex(eye + skew).inverse
-        return 2 * inverse - eye
+        inverse: Tensor = torch.linalg.inv_ex(torch.add(eye, skew, alpha=factor)).inverse
+        return torch.lerp(eye, inverse, 2.0)
 
 
 def cayley_series(skew: Tensor, terms: int) -> Tensor:
@@ -46,17 +53,23 @@ def cayley_series(skew: Tensor, terms: int) -> Tensor:
     ‖Q‖^(p+1) or so, hence only for small Q.
     """
     skew = _wide(skew)
-    with torch.autocast(skew.device.type, enabled=False):
+    with _exact(skew):
         eye = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype)
         if terms == 1:
             return eye + 0 * skew  # still a function of Q, whose gradient is zero
         if terms == 2:
             return eye + 2 * skew
-        flat = skew.reshape(-1, *skew.shape[-2:])
-        series = flat + 2 * eye
+        flat, double = skew.reshape(-1, *skew.shape[-2:]), 2 * eye
+        series = flat + double
         for _ in range(max(terms, 4) - 3):
-            series = torch.baddbmm(2 * eye, series, flat)
+            series = torch.baddbmm(double, series, flat)
         return torch.baddbmm(eye, series, flat).view(skew.shape)
+
+
+def _exact(like: Tensor) -> Any:
+    """No autocast, where there is any."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _wide(matrices: Tensor) -> Tensor:

@@ -13,12 +13,16 @@ narrow ones, and x is kept for backward once instead of m times.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from peft_core.adapter import as_compute
 
 WIDTH = 32
 """Width up to which blocks are put together; measured: narrower ones save no time."""
@@ -37,19 +41,19 @@ class Part(NamedTuple):
 
     def times(self, x: Tensor, transposed: bool = False) -> Tensor:
         """x (..., n) times the factors (or their transpose). With blocks for each row, x is (rows, ..., n)."""
-        blocks = self.blocks if self.blocks.dtype == x.dtype else self.blocks.to(x.dtype)
-        blocks = blocks.mT if transposed else blocks
-        shape, rows = x.shape, math.prod(x.shape[:-1])
+        blocks = self.blocks.mT if transposed else self.blocks
+        shape, n = x.shape, x.shape[-1]
         if self.low > 1:
-            x = _exchanged(x, (rows, shape[-1]), self.sides, self.low, self.unit)
+            x = _exchanged(x.reshape(-1, n), self.sides, self.low, self.unit)
         if blocks.dim() == 3:
-            x = _blockwise(x.reshape(rows, shape[-1]), blocks)
+            x = _blockwise(x, blocks)
         else:
             _, count, width, _ = blocks.shape
             positions = math.prod(shape[1:-1])
-            x = torch.matmul(x.reshape(shape[0], positions, count, width).transpose(1, 2), blocks).transpose(1, 2)
+            x = x.reshape(shape[0], positions, count, width).transpose(1, 2)
+            x = torch.matmul(x, as_compute(blocks, x)).transpose(1, 2)
         if self.low > 1:
-            x = _exchanged(x, (rows, shape[-1]), self.low, self.sides, self.unit)
+            x = _exchanged(x.reshape(-1, n), self.low, self.sides, self.unit)
         return x.reshape(shape)
 
 
@@ -85,49 +89,72 @@ def assemble(factors: Tensor, width: int = WIDTH) -> Rotation:
         # Not the whole of x as one dense matrix, where it is as narrow as that.
         while count > 1 and b << (count - 1) == k * b:
             count -= 1
-        blocks = _composed(factors[level : level + count], level)
-        parts.append(Part(_side_by_side(blocks, width), 2**count, 2**level, b // 2))
+        blocks = _composed(factors[level : level + count], level, width)
+        parts.append(Part(blocks, 2**count, 2**level, b // 2))
         level += count
     return tuple(parts)
 
 
-def _composed(factors: Tensor, level: int) -> Tensor:
-    """Factors (g, k, b, b), the first at `level`, multiplied: (k / c, c b, c b) with c = 2^(g-1), in a Part's order."""
-    g, _, b, _ = factors.shape
-    low, half = 2**level, b // 2
-    product = factors[0].view(-1, low, b, b)
-    for i in range(1, g):
-        # A factor's blocks are in the order (segment, place q within a side, low); each is of (2 sides, unit) rows and
-        # columns. The product so far stands in both sides of a segment, with rows (place, unit).
-        blocks = factors[i].view(-1, 2**i, low, 2, half, 2, half)
-        sides = product.view(-1, 2, low, 2**i, half, half << i)
-        product = torch.einsum("aqlsutv,atlqvc->alsqutc", blocks, sides)
-        product = product.reshape(-1, low, b << i, b << i)
-    return product.flatten(0, 1)
+def _composed(factors: Tensor, level: int, width: int) -> Tensor:
+    """Factors (g, k, b, b), the first at `level`, multiplied, in a Part's order.
+
+    The product has blocks of 2^(g-1) b; as many of them as fit into `width` stand side by side on the diagonal of each
+    that is returned.
+    """
+    g, k, b, _ = factors.shape
+    inside, low = 2 ** (g - 1), 2**level  # blocks of a factor within one of the product
+    most = max(width // (inside * b), 1)
+    side_by_side = next(c for c in _divisors_down(k // inside, most) if c == 1 or c * inside < k)
+    if g == side_by_side == 1:
+        return factors[0].view(-1, low, b, b).flatten(0, 1)
+    wide = side_by_side * inside * b
+    # A factor's blocks are in the order (segment, place within one of the product, low).
+    if low > 1:
+        factors = factors.view(g, -1, inside, low, b * b).transpose(2, 3)
+    numbers = factors.reshape(g, k // (side_by_side * inside), -1)
+    places = _places(b, g, side_by_side, factors.device).expand(numbers.shape)
+    blocks = numbers.new_zeros(*numbers.shape[:2], wide * wide).scatter_(2, places, numbers)
+    if g == 1:
+        return blocks.view(-1, wide, wide)
+    product, *others = blocks.view(g, -1, wide, wide).unbind()
+    for other in others:
+        product = torch.bmm(other, product)
+    return product
 
 
-def _side_by_side(blocks: Tensor, width: int) -> Tensor:
-    """Blocks (k, b, b) -> (k / c, c b, c b), c of them on the diagonal of each, for the largest c that fits."""
-    k, b, _ = blocks.shape
-    c = next(c for c in _divisors_down(k, max(width // b, 1)) if c == 1 or c < k)
-    if c == 1:
-        return blocks
-    wide = torch.diag_embed(blocks.view(k // c, c, b, b).permute(0, 2, 3, 1), dim1=1, dim2=3)
-    return wide.reshape(k // c, c * b, c * b)
+def _places(b: int, g: int, side_by_side: int, device: torch.device) -> Tensor:
+    """Where the numbers of each of g factors stand in one of the wide blocks: (g, 1, numbers), indices of it, flat."""
+    make = _made_places.__wrapped__ if torch.compiler.is_compiling() else _made_places
+    return make(b, g, side_by_side, device)
+
+
+@functools.cache
+def _made_places(b: int, g: int, side_by_side: int, device: torch.device) -> Tensor:
+    unit, inside = max(b // 2, 1), 2 ** (g - 1)
+    block, number = torch.arange(inside, device=device), torch.arange(b, device=device)
+    wide = side_by_side * inside * b
+    start = torch.arange(side_by_side, device=device).view(-1, 1, 1) * (inside * b)
+    found = []
+    for i in range(g):
+        # Block (r, q) has the units q of side 0 and of side 1 of the segment r, which has 2 sides of 2^i units.
+        first = (block >> i << (i + 1)) + (block & (2**i - 1))
+        rows = start + (first.view(-1, 1) + (number // unit << i)) * unit + number % unit
+        found.append((rows.unsqueeze(-1) * wide + rows.unsqueeze(-2)).flatten())
+    return torch.stack(found).unsqueeze(1)
 
 
 def _divisors_down(number: int, most: int) -> Iterator[int]:
     return (c for c in range(min(most, number), 0, -1) if number % c == 0)
 
 
-def _exchanged(x: Tensor, shape: tuple[int, int], first: int, second: int, unit: int) -> Tensor:
-    """x (rows, (segment, first, second, unit)) as (rows, (segment, second, first, unit)); `shape` is (rows, n)."""
-    rows, n = shape
-    return x.reshape(rows, n // (first * second * unit), first, second, unit).transpose(2, 3).reshape(shape)
+def _exchanged(x: Tensor, first: int, second: int, unit: int) -> Tensor:
+    """x (rows, (segment, first, second, unit)) as (rows, (segment, second, first, unit))."""
+    rows, n = x.shape
+    return x.view(rows, n // (first * second * unit), first, second, unit).transpose(2, 3).reshape(rows, n)
 
 
 def _blockwise(x: Tensor, blocks: Tensor) -> Tensor:
-    """x (rows, k b) times a block-diagonal matrix, blocks (k, b, b)."""
+    """x (..., k b) times a block-diagonal matrix, blocks (k, b, b), in the dtype of x."""
     # A compiler plans its own buffers, and autocast knows torch's operations only.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return _plain(x, blocks)
@@ -140,7 +167,7 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, blocks: Tensor) -> Tensor:
-        return _product(x, blocks)
+        return _product(x, blocks, x.new_empty(x.shape))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -149,27 +176,33 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, blocks = ctx.saved_tensors
-        to_x = _product(grad, blocks.mT) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return to_x, None
-        left, right = _in_blocks(x, blocks), _in_blocks(grad, blocks)
-        if x.device.type == "cpu" and x.dtype.itemsize < 4:  # its products in half precision are slow with strides
-            left, right = left.contiguous(), right.contiguous()
-        return to_x, torch.bmm(left.mT, right)
+        to_x, to_blocks = ctx.needs_input_grad
+        left, right = _in_blocks(grad, blocks), _in_blocks(x, blocks)
+        if torch.is_grad_enabled():  # a backward that is differentiated itself
+            found = torch.bmm(right.mT, left).to(blocks.dtype) if to_blocks else None
+            return _plain(grad, blocks.mT) if to_x else None, found
+        # Memory for one x serves both products: fresh pages cost more time than these products do.
+        memory, found = x.new_empty(x.shape), None
+        if to_blocks:
+            if x.device.type == "cpu" and x.dtype.itemsize < 4:  # its products in half precision are slow with strides
+                left = memory.view(left.shape).copy_(left)
+            found = torch.bmm(left.mT, right).mT.to(blocks.dtype)
+        return _product(grad, blocks.mT, memory) if to_x else None, found
 
 
-def _product(x: Tensor, blocks: Tensor) -> Tensor:
-    if torch.is_grad_enabled():  # within a backward that is differentiated itself
-        return _plain(x, blocks)
-    out = x.new_empty(x.shape)
-    torch.bmm(_in_blocks(x, blocks), blocks, out=_in_blocks(out, blocks))
+# torch asks for it at every call, and finding it out takes longer than a small product.
+_Blockwise.forward.__signature__ = inspect.signature(_Blockwise.forward)  # type: ignore[attr-defined]
+
+
+def _product(x: Tensor, blocks: Tensor, out: Tensor) -> Tensor:
+    torch.bmm(_in_blocks(x, blocks), as_compute(blocks, x), out=_in_blocks(out, blocks))
     return out
 
 
 def _plain(x: Tensor, blocks: Tensor) -> Tensor:
-    return torch.bmm(_in_blocks(x, blocks), blocks).transpose(0, 1).reshape(x.shape)
+    return torch.bmm(_in_blocks(x, blocks), as_compute(blocks, x)).transpose(0, 1).reshape(x.shape)
 
 
 def _in_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """(rows, k b) -> (k, rows, b)."""
-    return x.reshape(x.shape[0], blocks.shape[0], blocks.shape[1]).transpose(0, 1)
+    """(..., k b) -> (k, rows, b)."""
+    return x.reshape(-1, blocks.shape[0], blocks.shape[1]).transpose(0, 1)
