@@ -21,10 +21,10 @@ from torch import Tensor
 
 def skew_from_rows(rows: Tensor, size: int) -> Tensor:
     """(..., size (size - 1) / 2), strict upper triangles row by row -> skew-symmetric (..., size, size)."""
-    make = _made_upper.__wrapped__ if torch.compiler.is_compiling() else _made_upper
+    make: Any = _made_upper.__wrapped__ if torch.compiler.is_compiling() else _made_upper
     places = make(size, rows.device).expand(rows.shape)
     flat = rows.new_zeros((*rows.shape[:-1], size * size)).scatter_(-1, places, rows)
-    upper = flat.view(*rows.shape[:-1], size, size)
+    upper: Tensor = flat.view(*rows.shape[:-1], size, size)
     return upper - upper.mT
 
 
