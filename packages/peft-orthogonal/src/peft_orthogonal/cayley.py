@@ -32,7 +32,8 @@ def skew_from_rows(rows: Tensor, size: int) -> Tensor:
 def _made_upper(size: int, device: torch.device) -> Tensor:
     """Where the numbers of a strict upper triangle, row by row, stand in a square matrix: indices of it, flat."""
     first, second = torch.triu_indices(size, size, 1, device=device)
-    return first * size + second
+    places: Tensor = first * size + second
+    return places
 
 
 def cayley(skew: Tensor, factor: float = 1.0) -> Tensor:
