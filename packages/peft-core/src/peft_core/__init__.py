@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         set_peft_model_state_dict,
     )
     from .hookspecs import hookimpl, hookspec
+    from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
     from .layers import AttentionLayer, BaseLayer, ConvLayer, EmbeddingLayer, LinearLayer, SiteRequest
     from .link import Link
     from .methods import (
@@ -145,6 +146,8 @@ __all__ = [
     "get_peft_model_state_dict",
     "hookimpl",
     "hookspec",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "inject_adapter_in_model",
     "load_method",
     "load_peft_weights",
@@ -214,6 +217,7 @@ _NAMES = {
         "set_peft_model_state_dict",
     ),
     "hookspecs": ("hookimpl", "hookspec"),
+    "hotswap": ("hotswap_adapter", "hotswap_adapter_from_state_dict"),
     "layers": ("AttentionLayer", "BaseLayer", "ConvLayer", "EmbeddingLayer", "LinearLayer", "SiteRequest"),
     "methods": (
         "Method",

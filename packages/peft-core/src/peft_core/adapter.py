@@ -28,6 +28,9 @@ class Adapter(nn.Module):
     `reset_parameters`, which the core skips when a checkpoint will fill them.
     """
 
+    by_values: ClassVar[bool] = False
+    """Whether tensors of the same shapes compute the same whatever the config says."""
+
     rowwise: ClassVar[bool] = True
     """Whether each row of a batch is treated without regard to the other rows."""
 
@@ -146,6 +149,22 @@ class Adapter(nn.Module):
                 owner._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
             else:
                 owner._buffers[name] = value
+
+    def values_like(self, other: Adapter | None) -> Mapping[str, Tensor]:
+        """Values for the slots of this adapter with which it computes what `other` does; or nothing, where None.
+
+        `other` is an adapter of the same method at the same layer, with another config. Override it where a method can
+        do that (pad a rank, fold a scaling in), for hot swaps. Raises `CheckpointMismatchError` where it cannot be.
+        """
+        if self.by_values and type(other) is type(self):
+            values = other.state()
+            if {slot: tensor.shape for slot, tensor in values.items()} == {s: t.shape for s, t in self.state().items()}:
+                return values
+        reason = "has no part here" if other is None else "has another config or other shapes here"
+        raise CheckpointMismatchError(
+            f"{self.layer.path}: the other adapter {reason}, which {type(self).__name__} cannot express in the tensors "
+            "that it has"
+        )
 
 
 class _NotYet:

@@ -54,6 +54,8 @@ def own_bias(layer: BaseLayer) -> Adapter:
 class BiasShift(DeltaAdapter):
     """b' on a linear layer or a convolution, as the difference b' - b on the output: no order among adapters."""
 
+    by_values = True
+
     def __init__(self, layer: LinearLayer | ConvLayer) -> None:
         super().__init__(layer)
         stored = layer.module.get_parameter("bias")
@@ -78,6 +80,8 @@ class BiasShift(DeltaAdapter):
 
 class BiasReplaced(WeightAdapter):
     """b' of any other module, which computes with it in its own way."""
+
+    by_values = True
 
     def __init__(self, layer: BaseLayer) -> None:
         super().__init__(layer)

@@ -18,6 +18,7 @@ from .lifecycle import require_unmerged
 from .loading import check_base
 from .matching import LoadReport, match
 from .model import NO_STATE, PeftModel, get_peft_model
+from .transaction import overwrite
 from .tree import walk
 
 
@@ -79,10 +80,8 @@ def set_peft_model_state_dict(
     values = given.load(list(keys.values()), torch.device("cpu"))
     for key, theirs in keys.items():
         slots[key].check(record, values[theirs])
-    with torch.no_grad():
-        for key, theirs in keys.items():
-            for tensor, value in slots[key].parts(record, values[theirs]):
-                tensor.copy_(value)
+    parts = [part for key, theirs in keys.items() for part in slots[key].parts(record, values[theirs])]
+    overwrite(parts)
     return report
 
 

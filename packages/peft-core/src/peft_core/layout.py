@@ -83,7 +83,7 @@ def layout(record: AdapterRecord) -> dict[str, Slot]:
             else:
                 key = PREFIX + (f"{request.path}." if request.path else "") + request.key_prefix + state_key
             add(key, Slot(index, name, tensor))
-    for name, tensor in _persistent(record.shared).items():
+    for name, tensor in persistent(record.shared).items():
         add(SHARED_PREFIX + name, Slot(None, name, tensor))
     return found
 
@@ -101,7 +101,8 @@ def _described(record: AdapterRecord, slot: Slot) -> str:
     return f"{slot.name!r} at {request.path or 'the model itself'}{part}"
 
 
-def _persistent(module: nn.Module) -> dict[str, Tensor]:
+def persistent(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers of a module, by name."""
     found: dict[str, Tensor] = {}
     for prefix, inner in module.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""

@@ -45,11 +45,6 @@ def load_into(
 ) -> LoadReport:
     """Read, match, build and install one adapter; see `PeftModel.load_adapter`."""
     check_name(name)
-    if torch_device is not None and torch.device(torch_device) != _device(model):
-        raise CheckpointError(
-            f"torch_device={str(torch_device)!r}: an adapter is loaded to where its layers are, {_device(model)}; move "
-            "the model, or leave the argument out"
-        )
     state = state_of(model)
     if state is not None:
         require_unmerged(state, "loading an adapter")
@@ -58,24 +53,59 @@ def load_into(
         raise AdapterNameError(
             f"adapter {name!r} is on the model already; choose another name, or pass replace=True to take its place"
         )
-    file = _read(model, path, subfolder, revision)
-    method = load_method(file.method, wrote_by=file.wrote_by)
-    if config is None:
-        resolved = method.config_class.from_dict(file.config, source=str(file.source))
-        resolved = resolved.resolve(inference_mode=not is_trainable)
-    else:
-        resolved = config
+    file, method, resolved = opened(
+        model,
+        path,
+        subfolder=subfolder,
+        revision=revision,
+        torch_device=torch_device,
+        config=config,
+        is_trainable=is_trainable,
+    )
     check_references(state, name, resolved)
-    if present is not None and present.method is method and _same_function(present.config, resolved):
+    if present is not None and present.method is method and same_function(present.config, resolved):
         expected = layout.collect(present)
         if {k: (tuple(v.shape)) for k, v in expected.items()} == {k: s for k, (s, _) in file.shapes.items()}:
             _refill(model, present, file)
             assert state is not None
             return LoadReport()
-    found, report = _build(model, name, resolved, method, file, strict, autocast_adapter_dtype, config is not None)
+    found, report = draft_from(
+        model,
+        name,
+        resolved,
+        method,
+        file,
+        strict=strict,
+        float32=autocast_adapter_dtype,
+        trusted=config is not None,
+    )
     instead = name if present is not None else None
     install(model, found, trainable=is_trainable, activate=activate and present is None, instead=instead)
     return report
+
+
+def opened(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    subfolder: str | None,
+    revision: str | None,
+    torch_device: str | torch.device | None,
+    config: AdapterConfig | None = None,
+    is_trainable: bool = False,
+) -> tuple[AdapterFile, Method, AdapterConfig]:
+    """A saved adapter's file, method and config (or the one given instead of it)."""
+    if torch_device is not None and torch.device(torch_device) != _device(model):
+        raise CheckpointError(
+            f"torch_device={str(torch_device)!r}: an adapter is loaded to where its layers are, {_device(model)}; move "
+            "the model, or leave the argument out"
+        )
+    file = _read(model, path, subfolder, revision)
+    method = load_method(file.method, wrote_by=file.wrote_by)
+    if config is None:
+        config = method.config_class.from_dict(file.config, source=str(file.source))
+        config = config.resolve(inference_mode=not is_trainable)
+    return file, method, config
 
 
 def _read(model: nn.Module, path: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> AdapterFile:
@@ -89,16 +119,18 @@ def _read(model: nn.Module, path: str | os.PathLike[str], subfolder: str | None,
     return checkpoint.read(path, subfolder=subfolder, revision=revision)
 
 
-def _build(
+def draft_from(
     model: nn.Module,
     name: str,
     config: AdapterConfig,
     method: Method,
     file: AdapterFile,
-    strict: bool,
-    float32: bool,
+    *,
+    strict: bool = True,
+    float32: bool = True,
     trusted: bool,
 ) -> tuple[Draft, LoadReport]:
+    """A saved adapter, built off the tree with the file's tensors in it."""
     tensors = _by_module(file.shapes)
 
     def tensors_for(request: SiteRequest) -> Mapping[str, Tensor]:
@@ -186,7 +218,7 @@ def _refill(model: nn.Module, record: AdapterRecord, file: AdapterFile) -> None:
                 tensor.data = value.to(device=tensor.device, dtype=tensor.dtype)
 
 
-def _same_function(first: AdapterConfig, second: AdapterConfig) -> bool:
+def same_function(first: AdapterConfig, second: AdapterConfig) -> bool:
     """Whether two configs ask for the same computation of the same tensors, in whatever order names are given."""
     one, other = (
         {k: _unordered(v) for k, v in c.beside_tensors().items() if k not in checkpoint.EDITABLE}

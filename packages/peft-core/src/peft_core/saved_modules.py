@@ -23,6 +23,8 @@ class SavedModule(Adapter):
     tensors stand under the module's own names.
     """
 
+    by_values = True
+
     def __init__(self, layer: BaseLayer, tied_to: SavedModule | None = None) -> None:
         """`tied_to` is the copy of another module, whose `weight` this one has too."""
         super().__init__(layer)

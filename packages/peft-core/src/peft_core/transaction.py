@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .records import AdapterRecord, PeftState
 
@@ -57,6 +59,14 @@ class Undo:
         if kind is not None:
             while self._steps:
                 self._steps.pop()()
+
+
+def overwrite(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy a value into each tensor: into all of them or, after an exception of any kind, into none."""
+    with torch.no_grad(), Undo() as undo:  # taken back without a graph as well
+        for tensor, value in values:
+            undo.add(functools.partial(tensor.copy_, tensor.detach().clone()))
+            tensor.copy_(value)
 
 
 def _set_flags(flags: list[tuple[nn.Parameter, bool]]) -> None:

@@ -201,6 +201,13 @@ class IA3Adapter(Adapter):
         else:
             nn.init.normal_(self.ia3_l)
 
+    def values_like(self, other: Adapter | None) -> Mapping[str, Tensor]:
+        if other is None:
+            return {"ia3_l": torch.ones_like(self.ia3_l)}
+        if isinstance(other, IA3Adapter) and other.feedforward is self.feedforward:
+            return other.state()
+        return super().values_like(other)
+
     def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
         if self.feedforward:
             x, *rest = args

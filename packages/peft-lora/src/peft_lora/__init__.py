@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .adalora.history import plot_ranks, prune_ranks, rank_history
     from .combining.conversion import LoraConversion, convert_to_lora, save_as_lora
     from .config import LoraConfig
+    from .hotswap import check_hotswap_configs_compatible, prepare_model_for_compiled_hotswap
     from .loha import LoHaConfig
     from .lokr import LoKrConfig
     from .optimizers import create_lorafa_optimizer, create_loraplus_optimizer
@@ -28,10 +29,12 @@ __all__ = [
     "LoraConversion",
     "LoraGAConfig",
     "XLoraConfig",
+    "check_hotswap_configs_compatible",
     "convert_to_lora",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "plot_ranks",
+    "prepare_model_for_compiled_hotswap",
     "prune_ranks",
     "rank_history",
     "replace_lora_weights_loftq",
@@ -44,6 +47,7 @@ _MODULES = {
     "AdaLoraConfig": "adalora.config",
     **dict.fromkeys(("plot_ranks", "prune_ranks", "rank_history"), "adalora.history"),
     **dict.fromkeys(("CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"), "start_configs"),
+    **dict.fromkeys(("check_hotswap_configs_compatible", "prepare_model_for_compiled_hotswap"), "hotswap"),
     "LoHaConfig": "loha",
     "LoKrConfig": "lokr",
     "LoraConfig": "config",

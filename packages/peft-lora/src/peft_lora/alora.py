@@ -52,6 +52,11 @@ class ActivatedLora(Adapter):
         super().load_state(tensors)
         self.lora.settle()
 
+    def values_like(self, other: Adapter | None) -> dict[str, Tensor]:
+        if other is not None and not (isinstance(other, ActivatedLora) and other.invocation == self.invocation):
+            return dict(super().values_like(other))
+        return self.lora.values_like(None if other is None else other.lora)
+
     def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
         x: Tensor = args[0]
         out: Tensor = base(*args, **kwargs)

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from peft_core.adapter import WeightAdapter, as_compute
+from peft_core.adapter import Adapter, WeightAdapter, as_compute
 from peft_core.layers import AttentionLayer, BaseLayer, Params
 
 from .linear import add_bias
+from .lowrank import fitted
 from .settings import Settings, start
 
 
@@ -58,6 +59,20 @@ class LoraAttention(WeightAdapter):
     def reset_parameters(self) -> None:
         for _, _, a, b, c in self._projections():
             start(a, b, c, self.settings.init, self.settings.r)
+
+    def values_like(self, other: Adapter | None) -> dict[str, Tensor]:
+        values = {slot: torch.zeros_like(tensor) for slot, tensor in self.state().items()}
+        if other is None:
+            return values
+        if not isinstance(other, LoraAttention) or (self.lora_bias is None and other.lora_bias is not None):
+            return dict(super().values_like(other))
+        ratio = other.scaling / self.scaling
+        for prefix, theirs in (("", other), ("out_proj.", other.out_proj)):
+            a, b = fitted(self, (theirs.lora_A, theirs.lora_B), self.settings.r)
+            values |= {f"{prefix}lora_A": a, f"{prefix}lora_B": b * ratio}
+            if theirs.lora_bias is not None:
+                values[f"{prefix}lora_bias"] = theirs.lora_bias * ratio
+        return values
 
     def merge(self, params: Params) -> Params:
         params = dict(params)

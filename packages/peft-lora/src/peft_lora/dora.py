@@ -75,6 +75,17 @@ class Dora(Adapter):
         super().load_state(tensors)
         self.lora.settle()
 
+    def values_like(self, other: Adapter | None) -> dict[str, Tensor]:
+        if other is not None and not isinstance(other, Dora):
+            return dict(super().values_like(other))
+        values = self.lora.values_like(None if other is None else other.lora)
+        if other is None:
+            norms = self.squares(self.layer.params()["weight"]).sqrt()
+            values["lora_magnitude_vector"] = norms.view_as(self.lora_magnitude_vector)
+        else:
+            values["lora_magnitude_vector"] = other.lora_magnitude_vector
+        return values
+
     def forward(self, base: Link, *args: Any, **kwargs: Any) -> Any:
         x: Tensor = args[0]
         out: Tensor = base(*args, **kwargs)

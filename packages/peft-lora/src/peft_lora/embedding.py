@@ -83,6 +83,9 @@ class _Tied(DeltaAdapter):
         """The embedding's adapter."""
         return cast(LoraEmbedding, self.adapters[self.path])
 
+    def values_like(self, other: Adapter | None) -> dict[str, Tensor]:
+        return {} if other is None or isinstance(other, _Tied) else dict(super().values_like(other))
+
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing to take; raises `CheckpointMismatchError` where the two sets of a file are not one."""
         for slot, mine in self.state().items():

@@ -19,8 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_core.adapter import DeltaAdapter
-from peft_core.layers import BaseLayer
+from peft_core.adapter import Adapter, DeltaAdapter
+from peft_core.errors import CheckpointMismatchError
+from peft_core.layers import BaseLayer, ConvLayer
 
 from . import starts
 from .settings import Settings
@@ -81,6 +82,22 @@ class LowRank(DeltaAdapter):
             self.anchor.a.copy_(self.a)
             torch.neg(self.b, out=self.anchor.b)
 
+    def values_like(self, other: Adapter | None) -> dict[str, Tensor]:
+        """Factors with zeros up to this adapter's rank; the other scaling goes into B."""
+        if other is None:
+            return {slot: torch.zeros_like(tensor) for slot, tensor in self.state().items()}
+        bias: Tensor | None = getattr(self, "lora_bias", None)
+        theirs: Tensor | None = getattr(other, "lora_bias", None)
+        if not isinstance(other, type(self)) or self.anchor is not None or (bias is None and theirs is not None):
+            return dict(super().values_like(other))
+        groups = self.layer.groups if isinstance(self.layer, ConvLayer) else 1
+        ratio = other.scaling / self.scaling
+        values = dict(zip(self.names, fitted(self, other.factors(), self.settings.r, groups), strict=True))
+        values[self.names[1]] = values[self.names[1]] * ratio
+        if bias is not None:
+            values["lora_bias"] = torch.zeros_like(bias) if theirs is None else theirs * ratio
+        return values
+
     # -- state -----------------------------------------------------------------------------------------------------
 
     @property
@@ -125,3 +142,23 @@ class LowRank(DeltaAdapter):
         self.anchor.a = nn.Parameter(a.to(device, dtype), requires_grad=False)
         self.anchor.b = nn.Parameter(b.neg().to(device, dtype), requires_grad=False)
         self.unanchored = False
+
+
+def fitted(
+    adapter: Adapter, factors: tuple[Tensor, Tensor], r: int, groups: int = 1, stacked: int = 1
+) -> tuple[Tensor, Tensor]:
+    """A (stacked · rank, ...) and B (out, rank / groups, ...) with zeros up to rank `r`, in each group of A's rows.
+
+    Raises `CheckpointMismatchError` where the rank is larger.
+    """
+    a, b = factors
+    rank = a.shape[0] // stacked
+    missing = (r - rank) // groups
+    if missing < 0:
+        raise CheckpointMismatchError(
+            f"{adapter.layer.path}: the other adapter has rank {rank}, and this one has room for {r}; make room with "
+            f"prepare_model_for_compiled_hotswap(model, target_rank={rank}) before the model is compiled"
+        )
+    rows = a.view(groups * stacked, -1, *a.shape[1:])
+    rows = torch.cat((rows, rows.new_zeros((groups * stacked, missing, *a.shape[1:]))), 1)
+    return rows.flatten(0, 1), torch.cat((b, b.new_zeros((b.shape[0], missing, *b.shape[2:]))), 1)

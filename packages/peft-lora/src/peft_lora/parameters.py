@@ -12,10 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from peft_core.adapter import WeightAdapter
+from peft_core.adapter import Adapter, WeightAdapter
 from peft_core.layers import BaseLayer, Params, is_conv1d
 
 from .factored import Factored
+from .lowrank import fitted
 from .settings import Settings, start
 
 
@@ -42,6 +43,15 @@ class LoraParameter(WeightAdapter):
 
     def reset_parameters(self) -> None:
         start(self.lora_A, self.lora_B, None, self.settings.init, self.settings.r)
+
+    def values_like(self, other: Adapter | None) -> dict[str, Tensor]:
+        if other is None:
+            return {slot: torch.zeros_like(tensor) for slot, tensor in self.state().items()}
+        if not isinstance(other, LoraParameter):
+            return dict(super().values_like(other))
+        factors = other.lora_A, other.lora_B.view(other.lora_B.shape[0], -1, self.count)
+        a, b = fitted(self, factors, self.settings.r, stacked=self.count)
+        return {"lora_A": a, "lora_B": b.flatten(1) * (other.scaling / self.scaling)}
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """U (e, d1, r) and D (e, r, d2), or without the first axis, with ΔW = s U D in the weight's orientation."""

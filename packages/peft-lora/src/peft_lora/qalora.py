@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_core.adapter import DeltaAdapter, as_compute, dropout
+from peft_core.adapter import Adapter, DeltaAdapter, as_compute, dropout
 from peft_core.layers import BaseLayer
 
+from .lowrank import fitted
 from .settings import Settings, start
 
 
@@ -42,6 +43,14 @@ class QaLora(DeltaAdapter):
 
     def reset_parameters(self) -> None:
         start(self.lora_A, self.lora_B, None, self.settings.init, self.settings.r)
+
+    def values_like(self, other: Adapter | None) -> dict[str, Tensor]:
+        if other is None:
+            return {slot: torch.zeros_like(tensor) for slot, tensor in self.state().items()}
+        if not isinstance(other, QaLora) or other.group != self.group:
+            return dict(super().values_like(other))
+        a, b = fitted(self, (other.lora_A, other.lora_B), self.settings.r)
+        return {"lora_A": a, "lora_B": b * (other.scaling / self.scaling)}
 
     def delta(self, x: Tensor) -> Tensor:
         x = x if self.dropout is None else self.dropout(x)

@@ -55,6 +55,14 @@ class _OwnRows(_Rows):
     def rows(self) -> Tensor:
         return self.trainable_tokens_delta
 
+    def values_like(self, other: Adapter | None) -> dict[str, Tensor]:
+        if other is None:
+            weight = self.layer.module.get_parameter("weight")
+            return {"trainable_tokens_delta": weight.index_select(0, self.indices)}
+        if not isinstance(other, type(self)) or not torch.equal(other.indices, self.indices):
+            return dict(super().values_like(other))
+        return {"trainable_tokens_delta": other.trainable_tokens_delta}
+
     def reset_parameters(self) -> None:
         weight = self.layer.module.get_parameter("weight")
         if not (weight.is_meta or self.trainable_tokens_delta.is_meta):
@@ -92,6 +100,9 @@ class _TiedRows(_Rows):
     @property
     def rows(self) -> Tensor:
         return cast(_OwnRows, self.adapters[self.path]).trainable_tokens_delta
+
+    def values_like(self, other: Adapter | None) -> dict[str, Tensor]:
+        return {}
 
     def slots(self) -> dict[str, tuple[nn.Module, str]]:
         return {}
