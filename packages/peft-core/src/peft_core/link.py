@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from .routing import Request
 
 if TYPE_CHECKING:
     from .site import Site
+
+T = TypeVar("T")
 
 _NO_REQUEST = Request()
 
@@ -62,6 +64,14 @@ class Link:
                 "not a part of it"
             )
         return self.request.call
+
+    def remembered(self, kind: str, key: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
+        """What `make` gives, kept at this site while `key` and the tensors stay as they are; see `Memo.of`.
+
+        For what is made of adapters' tensors alone: stacks for the rows of a batch, rotations. One value is kept of
+        each `kind`; `key` says whatever else it depends on.
+        """
+        return self._site._memo.of(kind, key, tensors, make)
 
     @contextmanager
     def adapters(self, *names: str) -> Iterator[None]:

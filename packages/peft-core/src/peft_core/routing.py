@@ -12,6 +12,7 @@ differ the graph is refused. Calls that are themselves part of a graph are not i
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,18 +57,54 @@ class Request:
         Raises `RequestError` where `size` is no multiple of the number of names.
         """
         assert self.rows is not None
-        repeat, rest = divmod(size, len(self.rows))
-        if rest or not repeat:
-            raise RequestError(
-                f"adapter_names has {len(self.rows)} entries, but a layer received a batch of {size} rows; give one "
-                "name per row of the batch. A layer whose input is shared by all rows cannot use one adapter per row."
-            )
-        found: dict[str, list[int]] = {}
-        for index, name in enumerate(self.rows):
-            found.setdefault(name, []).extend(range(index * repeat, (index + 1) * repeat))
-        return [
-            ((() if name == BASE else (name,)), torch.tensor(indices, device=device)) for name, indices in found.items()
-        ]
+        if torch.compiler.is_compiling():
+            return _grouped(self.rows, size, device)
+        return _groups(self.rows, size, device, torch.is_inference_mode_enabled())
+
+    def index(self, size: int, device: torch.device, here: tuple[bool, ...]) -> Tensor:
+        """(rows,): which of the groups each row is in, counted without those that are not `here`: theirs is -1."""
+        assert self.rows is not None
+        if torch.compiler.is_compiling():
+            return _indexed(self.rows, size, device, here)
+        return _index(self.rows, size, device, here, torch.is_inference_mode_enabled())
+
+
+def _grouped(rows: tuple[str, ...], size: int, device: torch.device) -> list[tuple[tuple[str, ...], Tensor]]:
+    repeat, rest = divmod(size, len(rows))
+    if rest or not repeat:
+        raise RequestError(
+            f"adapter_names has {len(rows)} entries, but a layer received a batch of {size} rows; give one "
+            "name per row of the batch. A layer whose input is shared by all rows cannot use one adapter per row."
+        )
+    found: dict[str, list[int]] = {}
+    for index, name in enumerate(rows):
+        found.setdefault(name, []).extend(range(index * repeat, (index + 1) * repeat))
+    return [
+        ((() if name == BASE else (name,)), torch.tensor(indices, device=device)) for name, indices in found.items()
+    ]
+
+
+def _indexed(rows: tuple[str, ...], size: int, device: torch.device, here: tuple[bool, ...]) -> Tensor:
+    numbers, count = {}, 0
+    for name, present in zip(dict.fromkeys(rows), here, strict=True):
+        numbers[name] = count if present else -1
+        count += present
+    repeat = size // len(rows)
+    return torch.tensor([numbers[name] for name in rows for _ in range(repeat)], device=device)
+
+
+# Layers of one shape, and the tokens of a generation, ask the same again and again. Tensors of the inference mode are
+# of no use outside it, so that it is part of what is asked.
+@functools.lru_cache(maxsize=256)
+def _groups(
+    rows: tuple[str, ...], size: int, device: torch.device, inference: bool
+) -> list[tuple[tuple[str, ...], Tensor]]:
+    return _grouped(rows, size, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _index(rows: tuple[str, ...], size: int, device: torch.device, here: tuple[bool, ...], inference: bool) -> Tensor:
+    return _indexed(rows, size, device, here)
 
 
 class Routing:

@@ -19,6 +19,7 @@ from .adapter import Adapter
 from .errors import PeftError, RequestError, add_note
 from .layers import BaseLayer
 from .link import Link
+from .memo import Memo
 from .recorders import recorders
 from .routing import Request, Routing
 
@@ -37,6 +38,7 @@ class Site(nn.Module):
         self._routing = routing
         self._layer = layer
         self._chains: dict[str, tuple[Adapter, ...]] = {}
+        self._memo = Memo()
         self._input = _first_input(type(layer.module).forward)
         self.training = layer.module.training
 
@@ -58,6 +60,7 @@ class Site(nn.Module):
 
     def detach(self, name: str) -> None:
         """Remove every adapter of that name."""
+        self._memo.clear()
         self._chains.pop(name, None)
         for key in [k for k in self.adapters._modules if k.partition(":")[0] == name]:
             del self.adapters._modules[key]
@@ -65,6 +68,10 @@ class Site(nn.Module):
     def of(self, name: str) -> dict[str, Adapter]:
         """The adapters of one name, by part."""
         return {k.partition(":")[2]: a for k, a in self.adapters._modules.items() if k.partition(":")[0] == name}  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Site:
+        self._memo.clear()
+        return super().train(mode)
 
     def names(self) -> tuple[str, ...]:
         """Names of the adapters at this site."""
@@ -199,12 +206,8 @@ class Site(nn.Module):
             len(chain) > 1 or (chain and _batched_form(chain[0]) is not form) for chain, _ in groups
         ):
             return NotImplemented
-        index = torch.full((size,), -1, device=groups[0][1].device)
-        number = 0
-        for chain, rows in groups:
-            if chain:
-                index = index.index_fill(0, rows, number)
-                number += 1
+        here = tuple(bool(chain) for chain, _ in groups)
+        index = request.index(size, groups[0][1].device, here)
         return adapters[0].forward_rows(adapters, index, Link(self, (), request), *args, **kwargs)
 
     # -- looking like the base layer -----------------------------------------------------------------------------

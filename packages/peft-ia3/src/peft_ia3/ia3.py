@@ -215,6 +215,26 @@ class IA3Adapter(Adapter):
         out = base(*args, **kwargs)
         return out * self._scale(out)
 
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Any], index: Tensor, base: Link, *args: Any, **kwargs: Any) -> Any:
+        """One product with the vectors of all rows."""
+        first: IA3Adapter = adapters[0]
+        if not args or any(adapter.feedforward is not first.feedforward for adapter in adapters):
+            return NotImplemented
+        x, *rest = args
+
+        def scaled(tensor: Tensor) -> Tensor:
+            def make() -> Tensor:
+                own = [as_compute(adapter.ia3_l, tensor).flatten() for adapter in adapters]
+                return torch.stack([*own, torch.ones_like(own[0])])[index]
+
+            key = base.request.rows, len(index), tensor.dtype
+            scale = base.remembered("ia3 rows", key, [adapter.ia3_l for adapter in adapters], make)
+            axes = tensor.dim() - 1 - len(first.broadcast)
+            return tensor * scale.view(len(index), *(1,) * axes, *first.broadcast)
+
+        return base(scaled(x), *rest, **kwargs) if first.feedforward else scaled(base(x, *rest, **kwargs))
+
     def merge(self, params: Params) -> Params:
         weight = params["weight"]
         scale = as_compute(self.ia3_l, weight).flatten()

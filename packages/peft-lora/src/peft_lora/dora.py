@@ -17,7 +17,7 @@ Stacked with other adapters it adds its change of the layer's own weight, g ∘ 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,7 @@ from peft_core.link import Link
 
 from .conv import LoraConv
 from .embedding import LoraEmbedding
-from .linear import LoraLinear
+from .linear import LoraLinear, add_rows
 
 Lora = LoraLinear | LoraConv | LoraEmbedding
 
@@ -104,6 +104,33 @@ class Dora(Adapter):
         through = self.layer.module(x, *args[1:], **kwargs)
         change = self.lora.add(through, x) * gain - through
         return out + (change if rest is None else change + rest)
+
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Any], index: Tensor, base: Link, *args: Any, **kwargs: Any) -> Any:
+        """Linear layers: the rows' factors in two batched products, and the gain of each row's adapter."""
+        x, *rest = args
+        first: Dora = adapters[0]
+        if first.layer.kind != "linear" or rest or kwargs or any(a.lora.dropout and a.training for a in adapters):
+            return NotImplemented
+        out: Tensor = base(x)
+        params = first.layer.params()
+        weight = params["weight"]
+
+        def make() -> tuple[Tensor, Tensor | None]:
+            gains = [adapter._gain(weight, out) for adapter in adapters]
+            gain = torch.stack([*gains, torch.ones_like(gains[0])])[index].unsqueeze(1)
+            return gain, as_compute(params["bias"], out) * (1 - gain) if "bias" in params else None
+
+        owner = first.layer.module._parameters.get("weight")
+        if owner is None or owner.data_ptr() != weight.data_ptr():  # a weight that is decoded at each call
+            gain, rest_of_bias = make()
+        else:
+            tensors = [owner, *(tensor for a in adapters for tensor in (a.lora_magnitude_vector, *a.lora.own()))]
+            key = base.request.rows, len(index), out.dtype
+            gain, rest_of_bias = base.remembered("dora gain", key, tensors, make)
+        flat = add_rows(out, x, [adapter.lora for adapter in adapters], index, base).view(len(out), -1, out.shape[-1])
+        moved = flat * gain if rest_of_bias is None else torch.addcmul(rest_of_bias, flat, gain)
+        return moved.view(out.shape)
 
     def merge(self, params: Params) -> Params:
         weight = params["weight"]

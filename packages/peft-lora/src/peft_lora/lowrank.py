@@ -73,6 +73,11 @@ class LowRank(DeltaAdapter):
             return a, b
         return torch.cat((self.anchor.a, a - self.anchor.a)), torch.cat((b + self.anchor.b, b), 1)
 
+    def own(self) -> list[Tensor]:
+        """Its tensors (past `parameters()`, whose walk takes longer than a small product)."""
+        held = [*self._parameters.values(), *(self.anchor._parameters.values() if self.anchor is not None else ())]
+        return [tensor for tensor in held if tensor is not None]
+
     def reset_parameters(self) -> None:
         starts.begin(self)
 

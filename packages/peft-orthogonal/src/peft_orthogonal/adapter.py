@@ -76,21 +76,33 @@ class RotationAdapter(Adapter):
         first = adapters[0]
         if first.layer.kind != "linear" or len(args) != 1 or kwargs or args[0].dim() < 2:
             return NotImplemented
-        rotations = [adapter.rotation(adapter.training) for adapter in adapters]
-        if len({tuple((*part.blocks.shape, part.low) for part in rotation) for rotation in rotations}) > 1:
+        (x,) = args
+
+        def make() -> tuple[Rotation, Tensor | None] | None:
+            rotations = [adapter.rotation(adapter.training) for adapter in adapters]
+            if len({tuple((*part.blocks.shape, part.low) for part in rotation) for rotation in rotations}) > 1:
+                return None
+            parts = []
+            for same in zip(*rotations, strict=True):
+                # Last of all the identity, which is where the index -1 points.
+                eye = torch.eye(same[0].blocks.shape[-1], device=index.device, dtype=same[0].blocks.dtype)
+                stacked = torch.stack([*(part.blocks for part in same), eye.expand_as(same[0].blocks)])
+                parts.append(Part(as_compute(stacked, x)[index], *same[0][1:]))
+            scales = [adapter.scale() for adapter in adapters]
+            gain = None
+            if scales[0] is not None:
+                gain = torch.stack([*scales, torch.ones_like(scales[0])])[index]
+                gain = gain.view(len(index), *(1,) * (x.dim() - 2), -1)
+            return tuple(parts), gain
+
+        tensors = [tensor for adapter in adapters for tensor in adapter._parameters.values()]
+        drawn = any(adapter.training and adapter.dropout for adapter in adapters)
+        key = base.request.rows, len(index), x.dim(), x.dtype
+        made = make() if drawn else base.remembered("rotations", key, tensors, make)
+        if made is None:
             return NotImplemented
-        parts = []
-        for same in zip(*rotations, strict=True):
-            # Last of all the identity, which is where the index -1 points.
-            eye = torch.eye(same[0].blocks.shape[-1], device=index.device, dtype=same[0].blocks.dtype)
-            stacked = torch.stack([*(part.blocks for part in same), eye.expand_as(same[0].blocks)])
-            parts.append(Part(stacked.to(args[0].dtype)[index], *same[0][1:]))
-        scales = [adapter.scale() for adapter in adapters]
-        gain = None
-        if scales[0] is not None:
-            gain = torch.stack([*scales, torch.ones_like(scales[0])])[index]
-            gain = gain.view(len(index), *(1,) * (args[0].dim() - 2), -1)
-        return first._scaled(base(rotate(args[0], tuple(parts))), gain)
+        rotation, gain = made
+        return first._scaled(base(rotate(x, rotation)), gain)
 
     def merge(self, params: Params) -> Params:
         return self._merged(params, self.rotation(training=False))
