@@ -37,9 +37,10 @@ class Memo:
             return make()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return make()
-        if any(tensor.is_inference() for tensor in tensors):
+        try:
+            state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        except RuntimeError:  # inference tensors
             return make()
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         key = key, torch.is_inference_mode_enabled()
         entry = self._entries.get(kind)
         if entry is None or entry.key != key or entry.state != state:

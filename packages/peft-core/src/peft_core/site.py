@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Site(nn.Module):
         self._layer = layer
         self._chains: dict[str, tuple[Adapter, ...]] = {}
         self._memo = Memo()
+        self._last_split: _Split | None = None
         self._input = _first_input(type(layer.module).forward)
         self.training = layer.module.training
 
@@ -60,6 +61,7 @@ class Site(nn.Module):
 
     def detach(self, name: str) -> None:
         """Remove every adapter of that name."""
+        self._last_split = None
         self._memo.clear()
         self._chains.pop(name, None)
         for key in [k for k in self.adapters._modules if k.partition(":")[0] == name]:
@@ -143,16 +145,17 @@ class Site(nn.Module):
                 f"{self._layer.path}: adapter_names needs tensor inputs whose dimension {dim} is the batch"
             )
         size = first.shape[dim]
-        groups = [(self.chain(active), rows) for active, rows in request.groups(size, first.device)]
+        split = self._split(request, size, first.device)
+        groups = split.groups
         if not any(chain for chain, _ in groups):
             return self.run_base(*args, **kwargs)
-        for chain, _ in groups:
-            self.check_rowwise(chain)
         if len(groups) == 1:
             return self._run(groups[0][0], request, args, kwargs)
-        at_once = self._rows_at_once(groups, size, request, args, kwargs)
-        if at_once is not NotImplemented:
-            return at_once
+        if split.index is not None:
+            adapters = split.adapters
+            at_once = adapters[0].forward_rows(adapters, split.index, Link(self, (), request), *args, **kwargs)
+            if at_once is not NotImplemented:
+                return at_once
         if len(args) == 1 and not kwargs and all(a.additive for chain, _ in groups for a in chain):
             out: Tensor = self.run_base(first)
             for chain, rows in groups:
@@ -191,24 +194,30 @@ class Site(nn.Module):
         inside = self.base_layer.modules() if self._layer.kind in ("module", "attention") else ()
         return any(isinstance(module, Site) for module in inside)
 
-    def _rows_at_once(
-        self,
-        groups: list[tuple[tuple[Adapter, ...], Tensor]],
-        size: int,
-        request: Request,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """The method's own batched form, where all the rows' adapters have one, and the same."""
+    def _split(self, request: Request, size: int, device: torch.device) -> _Split:
+        """How the rows' names divide a batch here. The last answer is kept: the tokens of a generation ask the same."""
+        if torch.compiler.is_compiling():
+            return self._made_split(request, size, device)
+        key = request.rows, size, device, torch.is_inference_mode_enabled()
+        split, chains = self._last_split, self._chains
+        # Adapters may have come and gone, or a change of theirs may have been taken back.
+        if split is None or split.key != key or split.chains != [chains.get(name) for name in split.names]:
+            split = self._last_split = replace(self._made_split(request, size, device), key=key)
+        return split
+
+    def _made_split(self, request: Request, size: int, device: torch.device) -> _Split:
+        names = request.names()
+        chains = [self._chains.get(name) for name in names]
+        groups = [(self.chain(active), rows) for active, rows in request.groups(size, device)]
+        for chain, _ in groups:
+            self.check_rowwise(chain)
         adapters = [chain[0] for chain, _ in groups if chain]
-        form = _batched_form(adapters[0])
-        if form is _batched_form(Adapter) or any(
-            len(chain) > 1 or (chain and _batched_form(chain[0]) is not form) for chain, _ in groups
-        ):
-            return NotImplemented
-        here = tuple(bool(chain) for chain, _ in groups)
-        index = request.index(size, groups[0][1].device, here)
-        return adapters[0].forward_rows(adapters, index, Link(self, (), request), *args, **kwargs)
+        forms = {_batched_form(adapter) for adapter in adapters}
+        index = None
+        # The method's own batched form, where all the rows' adapters have one, and the same.
+        if len(forms) == 1 and _batched_form(Adapter) not in forms and all(len(chain) < 2 for chain, _ in groups):
+            index = request.index(size, device, tuple(bool(chain) for chain, _ in groups))
+        return _Split(names, chains, groups, adapters, index)
 
     # -- looking like the base layer -----------------------------------------------------------------------------
 
@@ -238,6 +247,28 @@ class Site(nn.Module):
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._chains)}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """The groups of a batch's rows, and the form that computes them at once: its adapters and each row's number."""
+
+    names: tuple[str, ...]
+    chains: list[tuple[Adapter, ...] | None]
+    groups: list[tuple[tuple[Adapter, ...], Tensor]]
+    adapters: list[Adapter]
+    index: Tensor | None
+    key: tuple[Any, ...] = ()
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
 
 
 def _batched_form(adapter: Any) -> Any:

@@ -57,7 +57,7 @@ class LoraLinear(LowRank):
     def forward_rows(cls, adapters: Sequence[Any], index: Tensor, base: Link, *args: Any, **kwargs: Any) -> Any:
         """Two batched products, whatever the number of adapters and their ranks."""
         x, *rest = args
-        if rest or kwargs or any(adapter.dropout is not None and adapter.training for adapter in adapters):
+        if rest or kwargs or True in [adapter.training and adapter.dropout is not None for adapter in adapters]:
             return NotImplemented
         return add_rows(base(x), x, adapters, index, base)
 
@@ -92,7 +92,9 @@ def add_rows(out: Tensor, x: Tensor, adapters: Sequence[LoraLinear], index: Tens
             c = torch.stack([*found, none_c])[own].unsqueeze(1)
         return torch.stack([*padded, none_a])[own].mT, torch.stack([*scaled, none_b])[own].mT, c
 
-    tensors = [tensor for adapter in adapters for tensor in adapter.own()]
+    tensors: list[Any] = []
+    for adapter in adapters:
+        tensors += adapter.own()
     a, b, c = base.remembered("lora rows", (base.request.rows, len(index), x.dtype, out.dtype), tensors, make)
     hidden = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), a)
     flat = torch.baddbmm(out.reshape(len(out), -1, out.shape[-1]), as_compute(hidden, out), b)

@@ -13,8 +13,8 @@ one product of twice the rank. At the start it is exactly zero in every dtype, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +73,10 @@ class LowRank(DeltaAdapter):
             return a, b
         return torch.cat((self.anchor.a, a - self.anchor.a)), torch.cat((b + self.anchor.b, b), 1)
 
-    def own(self) -> list[Tensor]:
+    def own(self) -> Iterable[Tensor]:
         """Its tensors (past `parameters()`, whose walk takes longer than a small product)."""
-        held = [*self._parameters.values(), *(self.anchor._parameters.values() if self.anchor is not None else ())]
-        return [tensor for tensor in held if tensor is not None]
+        mine: Any = self._parameters.values()
+        return mine if self.anchor is None else (*mine, self.anchor.a, self.anchor.b)
 
     def reset_parameters(self) -> None:
         starts.begin(self)
